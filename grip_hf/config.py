@@ -1,0 +1,154 @@
+"""The settings of a patch: how many visual tokens stay, and who chooses them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+CONFIG_VERSION = "1.0"
+SCOPES = ("sample", "image")
+POSITION_IDS = ("original", "compact")
+
+
+def check_keep_ratio(value: object) -> float:
+    """Return `value` as a float in (0, 1], or raise `ConfigError`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise ConfigError(f"keep_ratio must be a number in (0, 1], got {value!r}")
+    return float(value)
+
+
+def check_num_tokens(value: object) -> int:
+    """Return `value` as an int >= 1, or raise `ConfigError`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+        raise ConfigError(f"num_tokens must be an integer >= 1, got {value!r}")
+    return int(value)
+
+
+def check_one_budget(keep_ratio: object, num_tokens: object) -> None:
+    """Raise `ConfigError` unless exactly one of the two budgets is given."""
+    if (keep_ratio is None) == (num_tokens is None):
+        raise ConfigError(
+            f"give exactly one of keep_ratio and num_tokens, got keep_ratio={keep_ratio!r}, num_tokens={num_tokens!r}"
+        )
+
+
+def count_kept(total: int, keep_ratio: float | None = None, num_tokens: int | None = None) -> int:
+    """Number of tokens kept out of `total` under one budget: at least 1, never more than `total`."""
+    if total <= 0:
+        return 0
+    if num_tokens is not None:
+        return min(num_tokens, total)
+    assert keep_ratio is not None
+    return min(total, max(1, math.floor(keep_ratio * total + 0.5)))
+
+
+@dataclasses.dataclass(frozen=True)
+class GripConfig:
+    """How many visual tokens are kept, chosen by whom, and with which positions.
+
+    Args:
+        keep_ratio: Share of the visual tokens to keep, in (0, 1]. Give exactly one of it and `num_tokens`.
+        num_tokens: Number of visual tokens to keep, >= 1. A sample with fewer keeps all of them.
+        scope: `"sample"` shares the budget over all images of a sample; `"image"` gives each image its own.
+        selector: Name of the selector that scores the tokens.
+        selector_kwargs: Keyword arguments of that selector; must be JSON-able to be saved.
+        position_ids: `"original"` keeps the positions of the unpruned sequence, with gaps; `"compact"` re-numbers.
+        seed: Seed for selectors that draw at random.
+        version: Version of this format.
+
+    Raises:
+        ConfigError: A value is not allowed; the message names the setting, the value and what is allowed.
+    """
+
+    keep_ratio: float | None = None
+    num_tokens: int | None = None
+    scope: Literal["sample", "image"] = "sample"
+    selector: str = "grip"
+    selector_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    position_ids: Literal["original", "compact"] = "original"
+    seed: int = 0
+    version: str = CONFIG_VERSION
+
+    def __post_init__(self) -> None:
+        check_one_budget(self.keep_ratio, self.num_tokens)
+        if self.keep_ratio is not None:
+            object.__setattr__(self, "keep_ratio", check_keep_ratio(self.keep_ratio))
+        if self.num_tokens is not None:
+            object.__setattr__(self, "num_tokens", check_num_tokens(self.num_tokens))
+        if self.scope not in SCOPES:
+            raise ConfigError(f"scope must be one of {SCOPES}, got {self.scope!r}")
+        if self.position_ids not in POSITION_IDS:
+            raise ConfigError(f"position_ids must be one of {POSITION_IDS}, got {self.position_ids!r}")
+        if not isinstance(self.selector, str) or not self.selector:
+            raise ConfigError(f"selector must be the name of a selector, got {self.selector!r}")
+        if not isinstance(self.selector_kwargs, Mapping) or not all(isinstance(k, str) for k in self.selector_kwargs):
+            raise ConfigError(f"selector_kwargs must be a dict with string keys, got {self.selector_kwargs!r}")
+        object.__setattr__(self, "selector_kwargs", dict(self.selector_kwargs))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= int(self.seed) < 2**63:
+            raise ConfigError(f"seed must be an integer in [0, 2**63), got {self.seed!r}")
+        object.__setattr__(self, "seed", int(self.seed))
+        if not isinstance(self.version, str):
+            raise ConfigError(f"version must be a string, got {self.version!r}")
+
+    def num_kept(self, total: int) -> int:
+        """Number of tokens kept of `total` real ones (0 when there are none)."""
+        return count_kept(total, self.keep_ratio, self.num_tokens)
+
+    def replace(self, **overrides: Any) -> GripConfig:
+        """Return a copy with some settings changed; giving one kind of budget drops the other."""
+        known = {field.name for field in dataclasses.fields(self)}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            raise ConfigError(f"unknown settings {unknown}; known ones are {sorted(known)}")
+        for name, other in (("keep_ratio", "num_tokens"), ("num_tokens", "keep_ratio")):
+            if overrides.get(name) is not None and other not in overrides:
+                overrides = {**overrides, other: None}
+        return dataclasses.replace(self, **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a plain dict."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GripConfig:
+        """Build a config from a dict; settings that a newer version added are left out with a warning."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"a GRIP config must be a dict, got {type(data).__name__}: {data!r}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(str(key) for key in set(data) - known)
+        if unknown:
+            warnings.warn(
+                f"ignoring unknown settings {unknown} of a GRIP config of version {data.get('version')!r} "
+                f"(this library knows version {CONFIG_VERSION!r}); upgrade grip-hf to use them",
+                UserWarning,
+                stacklevel=2,
+            )
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the settings as JSON text; write it to `path` too if given."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> GripConfig:
+        """Build a config from JSON text (which starts with `{`) or from the path of a JSON file."""
+        text = str(source)
+        if not text.lstrip().startswith("{"):
+            with open(source, encoding="utf-8") as file:
+                text = file.read()
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"not a JSON document: {error}") from error

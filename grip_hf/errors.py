@@ -1,0 +1,25 @@
+"""Errors that grip_hf raises on purpose."""
+
+
+class GripError(Exception):
+    """Base class of every error that grip_hf raises on purpose."""
+
+
+class ConfigError(GripError, ValueError):
+    """A setting has a value that is not allowed."""
+
+
+class UnsupportedModelError(GripError, ValueError):
+    """This model, or what it was asked to do, cannot be pruned by grip_hf."""
+
+
+class NonFiniteScoreError(GripError, ValueError):
+    """A selector gave NaN or infinity as the score of a real visual token."""
+
+
+class ScorerError(GripError, ValueError):
+    """A scorer is missing, damaged, or made for another model."""
+
+
+class CacheError(GripError, RuntimeError):
+    """A KV cache was asked for something that its pruned entries cannot give."""
