@@ -1,0 +1,72 @@
+"""Pictures of what was kept: the dropped visual tokens of an image dimmed, the kept ones framed."""
+
+from collections.abc import Iterable, Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+FRAME = (255, 60, 60)
+INK, PAPER = (30, 30, 30), (255, 255, 255)
+
+
+def draw_kept(
+    image: Image.Image, kept: Iterable[int], grid: tuple[int, int], size: int | None = None, dim: float = 0.75
+) -> Image.Image:
+    """Draw which visual tokens were kept on the picture that they come from.
+
+    Args:
+        image: The picture, any size; only its whole area must be what the tokens cover.
+        kept: Indices of the kept tokens, row-major, 0 <= index < rows * columns.
+        grid: Rows and columns of visual tokens.
+        size: Longer side of the result in pixels; None keeps the picture's own.
+        dim: How dark a dropped token gets, from 0 (not at all) to 1 (black).
+
+    Returns:
+        A new RGB picture.
+
+    Raises:
+        ValueError: An index lies outside the grid, or `dim` outside [0, 1].
+    """
+    rows, columns = grid
+    chosen = sorted(int(index) for index in kept)
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < rows * columns:
+        raise ValueError(f"kept={chosen!r} must lie in [0, {rows * columns}) for a grid of {rows} x {columns} tokens")
+    if not 0 <= dim <= 1:
+        raise ValueError(f"dim={dim!r} must lie in [0, 1]")
+    picture = image.convert("RGB")
+    if size is not None:
+        scale = size / max(picture.size)
+        picture = picture.resize(
+            (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS
+        )
+    result = Image.blend(picture, Image.new("RGB", picture.size), dim)
+    draw = ImageDraw.Draw(result)
+    for index in chosen:
+        row, column = divmod(index, columns)
+        left, right = (round(picture.width * c / columns) for c in (column, column + 1))
+        top, bottom = (round(picture.height * r / rows) for r in (row, row + 1))
+        result.paste(picture.crop((left, top, right, bottom)), (left, top))
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=FRAME)
+    return result
+
+
+def contact_sheet(rows: Sequence[Sequence[tuple[Image.Image, str]]], margin: int = 12) -> Image.Image:
+    """Arrange captioned pictures of one size in rows.
+
+    Args:
+        rows: Per row its (picture, caption) pairs; a caption may have several lines.
+        margin: Pixels between pictures.
+    """
+    if not rows or not all(rows):
+        raise ValueError("rows must hold at least one picture each")
+    width, height = rows[0][0][0].size
+    font = ImageFont.load_default(size=max(11, width // 18))
+    lines = max(caption.count("\n") + 1 for row in rows for _, caption in row)
+    step_x, step_y = width + margin, height + margin + lines * (int(font.size) + 5)
+    sheet = Image.new("RGB", (max(map(len, rows)) * step_x + margin, len(rows) * step_y + margin), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for r, row in enumerate(rows):
+        for c, (picture, caption) in enumerate(row):
+            x, y = margin + c * step_x, margin + r * step_y
+            sheet.paste(picture, (x, y))
+            draw.multiline_text((x, y + height + 4), caption, fill=INK, font=font, spacing=4)
+    return sheet
