@@ -1,0 +1,132 @@
+"""Attention inside the vision tower, computed beside it from one layer's queries and keys.
+
+The tower keeps the user's attention kernel: a hook on one attention module projects that layer's input once more and
+attends in float32. For [CLS] this is one query, for the mean over all queries one attention map, in chunks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import find_parts
+from ..errors import UnsupportedModelError
+from ..taps import publish
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """What the tap must know about one kind of vision tower.
+
+    Attributes:
+        prefix: Number of leading tokens that are no patches; with 1 it is a [CLS] token.
+    """
+
+    prefix: int
+
+
+# `model_type` of the vision config -> facts.
+TOWERS = {"clip_vision_model": Tower(prefix=1), "siglip_vision_model": Tower(prefix=0)}
+# Families whose language model gets one visual token per patch, in the order of the patches.
+ONE_TO_ONE = ("llava",)
+CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Attended:
+    """Queries and keys of one layer of the tower.
+
+    Attributes:
+        module: The attention module.
+        hidden: [B, S, D] its input.
+        tower: Facts of the tower.
+        keep_prefix: Whether the prefix tokens are visual tokens of the language model too.
+    """
+
+    module: Any
+    hidden: Tensor
+    tower: Tower
+    keep_prefix: bool
+
+    def keys(self) -> Tensor:
+        """[B, S, D] keys, heads side by side."""
+        return self.module.k_proj(self.hidden)
+
+    def importance(self) -> Tensor:
+        """[B, S] attention that each token gets: from [CLS] if there is one, else from all tokens on average."""
+        asking = self.hidden[:, :1] if self.tower.prefix else self.hidden
+        query = self.module.q_proj(asking)
+        return attention_received(query, self.keys(), self.module.num_heads, self.module.scale)
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """[B, S, ...] -> [visual tokens, ...], in the order in which the language model gets them."""
+        return (values if self.keep_prefix else values[:, self.tower.prefix :]).flatten(0, 1)
+
+
+def attention_received(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:
+    """Mean over queries and heads of softmax attention: query [B, Q, D], key [B, S, D] -> [B, S] float32."""
+    query, key = (t.float().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key))
+    total = query.new_zeros(len(key), key.shape[2])
+    for chunk in query.split(CHUNK, dim=2):
+        total += (chunk @ key.transpose(2, 3) * scale).softmax(-1).sum(dim=(1, 2))
+    return total / (heads * query.shape[2])
+
+
+def tap_attention(
+    model: nn.Module, who: str, features: dict[str, Callable[[Attended], Tensor]], layer: int | None = None
+) -> list[RemovableHandle]:
+    """Publish features of one attention layer of the vision tower whenever it runs.
+
+    Args:
+        model: The model to hook.
+        who: Name of the selector, for the error message.
+        features: For each tap its function from the layer's input to values [B, S, ...] per token of the tower.
+        layer: Index of the layer; None takes the one whose output the language model gets.
+
+    Returns:
+        The handle of the hook.
+
+    Raises:
+        UnsupportedModelError: The tower is of an unknown kind, its patches are not the visual tokens, or it has no
+            such layer.
+    """
+    parts = find_parts(model)
+    config: Any = parts.base.config
+    kind, family = config.vision_config.model_type, config.model_type
+    if kind not in TOWERS or family not in ONE_TO_ONE:
+        raise UnsupportedModelError(
+            f"selector {who!r} needs a vision tower of type {' or '.join(TOWERS)} that gives one visual token per "
+            f"patch (model types {', '.join(ONE_TO_ONE)}); this {family!r} model has a tower of type {kind!r}"
+        )
+    tower: Any = parts.base.vision_tower
+    modules = [module for module in tower.modules() if hasattr(module, "q_proj") and hasattr(module, "k_proj")]
+    index = feature_layer(config, len(modules)) if layer is None else layer
+    if not -len(modules) <= index < len(modules):
+        raise UnsupportedModelError(f"layer must be in [-{len(modules)}, {len(modules)}) for this tower, got {layer}")
+    keep_prefix = config.vision_feature_select_strategy == "full"
+
+    @torch.no_grad()
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        attended = Attended(module, hidden, TOWERS[kind], keep_prefix)
+        for name, feature in features.items():
+            publish(name, attended.per_token(feature(attended)))
+
+    return [modules[index].register_forward_hook(hook, with_kwargs=True)]
+
+
+def feature_layer(config: Any, layers: int) -> int:
+    """Index of the last of `layers` layers whose output enters the projector.
+
+    The config counts the hidden states between layers, of which the first is the input of the first layer.
+    """
+    chosen = config.vision_feature_layer
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    return max(index - 1 if index >= 0 else layers + index for index in chosen)
