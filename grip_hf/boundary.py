@@ -1,0 +1,271 @@
+"""The hooks of a patched model, around the one call `language_model(inputs_embeds=...)` inside its base model.
+
+base model called      remember the token ids of this call
+language model called  choose tokens, drop the others from every argument; cache lengths turn physical
+language model done    lengths turn logical, the cache remembers what it holds, hidden states grow back
+base model done        forget the call, also after an exception
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import taps
+from .architectures import Parts, Scene
+from .budgets import Budget
+from .cache import CacheState, PrunedCache, physical_length, set_state, state_of
+from .choose import Score, choose
+from .errors import GripError
+from .inputs import Step, decode_inputs, prune_inputs, real_tokens
+from .masks import KeyMap
+from .pruning import Plan, expand, identity_plan, make_plan, source_slots
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of the base model, while it runs."""
+
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    encoded: list[Any]
+    step: Step | None = None
+    state: CacheState | None = None
+
+
+# Calls in flight, by boundary; per thread, because several threads may share a model.
+class _Calls(threading.local):
+    def __init__(self) -> None:
+        self.running: dict[int, Call] = {}
+
+
+_calls = _Calls()
+
+
+@dataclasses.dataclass(eq=False)
+class Boundary:
+    """The hooks of one patched model and what they need to know.
+
+    Attributes:
+        parts: the modules to hook.
+        selector: scores visual tokens.
+        per_image: True if every image has its own budget.
+        compact: True if positions are re-numbered.
+        budget: gives the budget of the call at hand.
+    """
+
+    parts: Parts
+    selector: Score
+    per_image: bool
+    compact: bool
+    budget: Callable[[], Budget]
+
+    def __post_init__(self) -> None:
+        self.parameters = tuple(inspect.signature(type(self.parts.base).forward).parameters)[1:]
+
+    def attach(self) -> list[Any]:
+        """Register the hooks; returns their handles."""
+        base, language_model = self.parts.base, self.parts.language_model
+        return [
+            base.register_forward_pre_hook(self.before_base, with_kwargs=True),
+            base.register_forward_hook(self.after_base, with_kwargs=True, always_call=True),
+            language_model.register_forward_pre_hook(self.before_language_model, with_kwargs=True),
+            language_model.register_forward_hook(self.after_language_model, with_kwargs=True, always_call=True),
+        ]
+
+    def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember what the visual tokens can be told from."""
+        if args:
+            kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        tokens = embeds if input_ids is None else input_ids
+        if tokens is None or tokens.shape[1] == 1:
+            return
+        encoded = kwargs.get("mm_encoder_outputs")
+        outputs = [one for one in encoded.values() if one is not None] if isinstance(encoded, dict) else []
+        if not outputs:
+            taps.clear()  # the pictures of this call are encoded within it
+        _calls.running[id(self)] = Call(input_ids, embeds, outputs)
+
+    def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Forget the call, also after an exception."""
+        if _calls.running.pop(id(self), None) is not None:
+            taps.clear()
+
+    def before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Drop tokens from the call; returns its new arguments, or None to leave it as it is."""
+        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        call = _calls.running.get(id(self))
+        state = state_of(cache)
+        if call is None:
+            if cache is None or state is None or state.trivial or embeds is None:
+                return None
+            mask = kwargs.get("attention_mask")
+            if embeds.shape[1] == 1 and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
+                kwargs = decode_inputs(kwargs, cache, state)
+                cache.grip_inside = True
+                return args, kwargs
+        if args or embeds is None:
+            raise GripError("cannot prune: the language model was called without inputs_embeds=...")
+        call = call if call is not None else Call(None, embeds, [])
+        plan, call.state, call.step = self._plan(call, kwargs, state)
+        if plan is None:
+            return None
+        assert call.step is not None
+        kwargs = prune_inputs(kwargs, call.step, module.config)
+        if isinstance(cache, PrunedCache):
+            cache.grip_inside = True
+        return args, kwargs
+
+    def after_language_model(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Bring the hidden states back to their length and let the cache know what it holds."""
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, PrunedCache):
+            cache.grip_inside = False
+        call = _calls.running.get(id(self))
+        if call is None or call.state is None or output is None:
+            return None
+        cache = cache if cache is not None else _cache_of(output)
+        if cache is not None:
+            set_state(cache, call.state)
+        return None if call.step is None else _expand_output(output, call.step.plan)
+
+    def visual_tokens(self, call: Call, embeds: Tensor) -> Tensor:
+        """[B, L] bool: which tokens of a call stand for pictures or videos."""
+        if call.input_ids is not None:
+            wanted = torch.tensor(self.parts.token_ids, device=embeds.device)
+            return torch.isin(call.input_ids.to(embeds.device), wanted)
+        assert call.inputs_embeds is not None
+        table = self.parts.base.get_input_embeddings()  # type: ignore[operator]
+        ids = torch.tensor(self.parts.token_ids, device=call.inputs_embeds.device)
+        return (call.inputs_embeds[:, :, None] == table(ids)).all(-1).any(-1)
+
+    def _plan(
+        self, call: Call, kwargs: dict[str, Any], state: CacheState | None
+    ) -> tuple[Plan | None, CacheState | None, Step | None]:
+        """What stays of this call, what its cache will hold, and how to rewrite its arguments (None: leave them)."""
+        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        batch, length = embeds.shape[:2]
+        past_logical = 0 if cache is None else int(cache.get_seq_length())
+        past = 0 if cache is None else physical_length(cache)
+        visual = self.visual_tokens(call, embeds)
+        seen = bool(visual.any())
+        if not seen and (state is None or state.trivial):
+            return None, None, None
+        real = real_tokens(kwargs.get("attention_mask"), past_logical, visual)
+        stays = self._stays(call, kwargs, visual, real) if seen else None
+        keep = torch.ones_like(visual) if stays is None else real & (~visual | stays)
+        plan = identity_plan(batch, length, embeds.device) if stays is None else make_plan(keep)
+        before = _keys_before(state, batch, past, embeds.device)
+        keys = KeyMap(
+            torch.cat([before.index, plan.index + past_logical], 1),
+            torch.cat([before.valid, plan.valid], 1),
+            before.full and plan.full,
+        )
+        step = Step(plan, past, past_logical, keys, cache, state, keep, real, self.compact)
+        after = _state_after(step, visual) if seen or stays is not None else None
+        if after is not None and after.trivial:
+            return None, after, None
+        return plan, after, step
+
+    def _stays(self, call: Call, kwargs: dict[str, Any], visual: Tensor, real: Tensor) -> Tensor | None:
+        """[B, L] bool: the visual tokens that the selector keeps, or None if all stay."""
+        budget = self.budget()
+        if budget.everything or budget.keep_ratio == 1:
+            return None
+        text = real & ~visual
+        features = _taps_of(call)
+        prompt = _prompt_length(call, kwargs)
+        if prompt is not None:
+            text = text & (torch.arange(text.shape[1], device=text.device) < prompt)
+        scene = Scene(visual, call.input_ids, kwargs["inputs_embeds"], kwargs.get("position_ids"), self.parts.base)
+        return choose(self.selector, budget, self.per_image, self.parts.family.layout, scene, text, features)
+
+
+def _taps_of(call: Call) -> dict[str, Tensor]:
+    """The taps of this call; those of pictures encoded by `generate` stay with their features for later calls."""
+    features = taps.collect()
+    if call.encoded and not isinstance(call.encoded[0], (Tensor, tuple, list)):
+        if features:
+            call.encoded[0].grip_taps = features
+        return getattr(call.encoded[0], "grip_taps", {})
+    return features
+
+
+def _prompt_length(call: Call, kwargs: dict[str, Any]) -> int | None:
+    """Number of tokens before generated ones, where that is known, so that the choice does not depend on these.
+
+    `generate(use_cache=False)` calls the model with an ever longer sequence and the same encoded pictures.
+    """
+    if kwargs.get("past_key_values") is not None or call.input_ids is None or not call.encoded:
+        return None
+    carrier = call.encoded[0]
+    if isinstance(carrier, (Tensor, tuple, list)):
+        return None
+    first: Tensor | None = getattr(carrier, "grip_prompt", None)
+    ids = call.input_ids
+    if first is not None and first.shape[0] == ids.shape[0] and torch.equal(ids[:, : first.shape[1]], first):
+        return first.shape[1]
+    carrier.grip_prompt = ids
+    return None
+
+
+def _keys_before(state: CacheState | None, batch: int, past: int, device: torch.device) -> KeyMap:
+    """The cached keys in logical terms."""
+    if state is not None:
+        return state.keys(past)
+    index = torch.arange(past, device=device).expand(batch, -1)
+    return KeyMap(index, torch.ones_like(index, dtype=torch.bool), full=True)
+
+
+def _state_after(step: Step, visual: Tensor) -> CacheState:
+    """What the cache holds after `step`; `visual` [B, L] marks the visual tokens of this call."""
+    earlier = visual.new_zeros(visual.shape[0], step.past_logical)
+    if step.state is not None:
+        earlier[:, : step.state.visual.shape[1]] = step.state.visual
+    dropped = step.past_logical + step.plan.length - step.keys.index.shape[1]
+    shift = None
+    if step.compact:
+        shift = (step.real & ~step.keep).sum(1, keepdim=True)
+        if step.state is not None and step.state.shift is not None:
+            shift = shift + step.state.shift
+    return CacheState(
+        step.keys.index, step.keys.valid, torch.cat([earlier, visual], 1), dropped, step.keys.full, shift
+    )
+
+
+def _cache_of(output: Any) -> Any:
+    """The cache that the language model made itself, if any."""
+    if isinstance(output, tuple):
+        return next((item for item in output if hasattr(item, "get_seq_length")), None)
+    return output.get("past_key_values")
+
+
+def _expand_output(output: Any, plan: Plan) -> Any:
+    """The language model's output with hidden states of the logical length."""
+    kept = plan.index.shape[1]
+    if kept == plan.length and plan.full:
+        return None
+    source = source_slots(plan)
+
+    def grown(hidden: Any) -> Any:
+        if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[1] == kept:
+            return expand(hidden, source)
+        if isinstance(hidden, tuple):
+            return tuple(grown(one) for one in hidden)
+        return hidden
+
+    if isinstance(output, tuple):
+        return (grown(output[0]), *output[1:])
+    output.last_hidden_state = grown(output.last_hidden_state)
+    if output.get("hidden_states") is not None:
+        output.hidden_states = grown(output.hidden_states)
+    return output

@@ -1,0 +1,81 @@
+"""Ask a selector which visual tokens of one call stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .architectures import Layout, Scene
+from .budgets import Budget
+from .errors import GripError
+from .grouping import group_tokens, spread_taps
+from .selection import VisualBatch, topk_mask
+
+Score = Callable[[VisualBatch], Tensor]
+
+
+@torch.no_grad()
+def choose(
+    selector: Score,
+    budget: Budget,
+    per_image: bool,
+    layout: Layout,
+    scene: Scene,
+    text: Tensor,
+    taps: dict[str, Tensor],
+) -> Tensor | None:
+    """Choose the visual tokens that stay.
+
+    Args:
+        selector: gives the scores.
+        budget: how many stay.
+        per_image: True if each image has its own budget, False if the images of a sample share it.
+        layout: the family's map from a call to images and positions.
+        scene: the call.
+        text: [B, L] bool, the tokens that make up the question.
+        taps: extra rows per visual token.
+
+    Returns:
+        [B, L] bool, the visual tokens that stay, or None if all of them do.
+
+    Raises:
+        GripError: The selector's scores have another shape or type than [groups, tokens] of floats.
+        NonFiniteScoreError: A score is NaN or infinite.
+    """
+    visual = scene.visual
+    image, positions = layout(scene)
+    groups = group_tokens(visual, image if per_image else None)
+    totals, rows = groups.mask.sum(1).tolist(), groups.row.tolist()
+    wanted = budget.counts(totals, rows, len(visual))
+    if wanted == totals:
+        return None
+    budgets = torch.tensor(wanted, device=visual.device)
+    text_groups = group_tokens(text, None)
+    words, word_mask = _per_row(text_groups.pick(scene.embeds), text_groups.mask, text_groups.row, groups.row)
+    batch = VisualBatch(
+        tokens=groups.pick(scene.embeds),
+        mask=groups.mask,
+        text=words,
+        text_mask=word_mask,
+        budgets=budgets,
+        positions=groups.pick(positions),
+        image_index=groups.pick(image),
+        taps={name: groups.pick(spread_taps(tap, visual, name)) for name, tap in taps.items()},
+    )
+    scores = selector(batch)
+    if not isinstance(scores, Tensor) or scores.shape != groups.mask.shape or not scores.is_floating_point():
+        got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise GripError(f"the selector must return float scores of shape {tuple(groups.mask.shape)}, got {got}")
+    return groups.scatter(topk_mask(scores.float(), groups.mask, budgets), visual)
+
+
+def _per_row(values: Tensor, mask: Tensor, rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Text of the sample of each group; `values` [R, T, D] and `mask` [R, T] belong to the batch rows `rows` [R]."""
+    match = wanted[:, None] == rows[None]
+    if not match.numel():  # no sample has text
+        return values.new_zeros(len(wanted), 0, values.shape[-1]), mask.new_zeros(len(wanted), 0)
+    place = match.byte().argmax(1)
+    found = match.any(1)
+    return values[place] * found[:, None, None], mask[place] & found[:, None]
