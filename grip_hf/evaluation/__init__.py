@@ -1,0 +1,1 @@
+"""Judge selectors: what they cost in time and memory, and what they keep in accuracy."""

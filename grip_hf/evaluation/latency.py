@@ -1,0 +1,147 @@
+"""What pruning saves on this machine: time to first token, time per further token, cache and memory.
+
+Every figure comes from paired runs: in each round the unpruned model, the floor and every selector run one after the
+other, ratios are taken within the round, and medians over the rounds, so that a busy machine disturbs all of them
+alike.
+
+The **floor** is the unpatched language model run on the very embeddings that pruning left: what no pruning before the
+language model can beat.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+
+from ..architectures import find_parts
+from ..config import GripConfig
+from ..errors import ConfigError
+from .flops import prefill_flops
+from .paired import Bench, Sample, Variant
+from .shapes import build_inputs, build_model, get_shape
+
+Round = dict[Variant, Sample]
+
+
+def run_bench(
+    model: str = "small",
+    selectors: Sequence[str] = ("grip", "random"),
+    num_tokens: Sequence[int] = (64, 192),
+    rounds: int = 5,
+    decode_tokens: int = 8,
+    batch: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure selectors at several budgets on a model with random weights.
+
+    Args:
+        model: Name of a shape, such as "small" or "llava-1.5-7b".
+        selectors: Names of selectors; "grip" gets a scorer with random weights, which takes as long as a trained one.
+        num_tokens: Budgets.
+        rounds: Paired rounds, after one that is not counted.
+        decode_tokens: Further tokens to time after the first.
+        batch: Samples per call.
+        device: Where to run.
+        dtype: Name of the model's dtype.
+        attention: Attention implementation of the model.
+        seed: Seed of weights and inputs.
+        progress: Called with what is being done.
+
+    Returns:
+        `setting` (what was run and where), `unpruned` and one entry of `rows` per selector and budget, all plain data.
+
+    Raises:
+        ConfigError: An argument is not allowed.
+    """
+    shape = get_shape(model)
+    budgets = list(dict.fromkeys(GripConfig(num_tokens=count).num_kept(shape.tokens) for count in num_tokens))
+    for name, value in (("rounds", rounds), ("decode_tokens", decode_tokens), ("batch", batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"dtype must be the name of a torch dtype, got {dtype!r}")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} is not available here")
+    progress(f"building {model}")
+    built = build_model(shape, device, getattr(torch, dtype), attention, seed)
+    bench = Bench(built, build_inputs(shape, built, batch, seed), selectors, decode_tokens, seed)
+    pruned = [Variant(name, budget) for budget in budgets for name in selectors]
+    variants = [Variant(), *(Variant(None, budget) for budget in budgets), *pruned]
+    found: list[Round] = []
+    for number in range(rounds + 1):
+        found.append({})
+        for variant in variants:
+            progress(f"round {number} of {rounds}: {variant}")
+            found[-1][variant] = bench.run(variant)
+    texts = bench.inputs["input_ids"].shape[1] - shape.tokens
+    language_model = find_parts(built).language_model
+    full = prefill_flops(language_model, texts + shape.tokens)
+    rows = []
+    for variant in pruned:
+        assert variant.num_tokens is not None
+        share = prefill_flops(language_model, texts + variant.num_tokens) / full
+        rows.append({**_row(found[1:], variant), "flop_ratio": share})
+    setting = {
+        "model": model,
+        "visual_tokens": shape.tokens,
+        "text_tokens": texts,
+        "batch": batch,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "cpu",
+        "dtype": dtype,
+        "attention": attention,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "decode_tokens": decode_tokens,
+        "seed": seed,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return {"setting": setting, "unpruned": _medians(found[1:], Variant()), "rows": rows}
+
+
+def _medians(rounds: list[Round], variant: Variant) -> dict[str, Any]:
+    """Medians over the rounds of what a variant took."""
+    samples = [one[variant] for one in rounds]
+    peaks = [sample.peak_bytes for sample in samples if sample.peak_bytes is not None]
+    parts = {f"{name}_ms": median(sample.ms[name] for sample in samples) for name in samples[0].ms}
+    parts["ttft_ms"] = parts.pop("total_ms")
+    return {**parts, "cache_bytes": samples[0].cache_bytes, "peak_bytes": max(peaks) if peaks else None}
+
+
+def _row(rounds: list[Round], variant: Variant) -> dict[str, Any]:
+    """Medians of a selector at a budget, and medians of its ratios within each round."""
+
+    def ratio(value: Callable[[Sample, Sample, Sample], float]) -> float:
+        floor = Variant(None, variant.num_tokens)
+        return median(value(one[variant], one[Variant()], one[floor]) for one in rounds)
+
+    return {
+        "selector": variant.selector,
+        "num_tokens": variant.num_tokens,
+        **_medians(rounds, variant),
+        "floor_prefill_ms": ratio(lambda mine, full, floor: floor.ms["prefill"]),
+        "floor_decode_ms": ratio(lambda mine, full, floor: floor.ms["decode"]),
+        "ttft_ratio": ratio(lambda mine, full, floor: mine.ms["total"] / full.ms["total"]),
+        "selector_share": ratio(lambda mine, full, floor: mine.ms["selector"] / full.ms["total"]),
+        "prefill_over_floor": ratio(lambda mine, full, floor: _language_model(mine) / floor.ms["prefill"]),
+        "ttft_over_floor": ratio(
+            lambda mine, full, floor: mine.ms["total"] / (full.ms["vision"] + floor.ms["total"] + mine.ms["selector"])
+        ),
+        "decode_ratio": ratio(lambda mine, full, floor: mine.ms["decode"] / full.ms["decode"]),
+        "decode_over_floor": ratio(lambda mine, full, floor: mine.ms["decode"] / floor.ms["decode"]),
+        "hook_us": ratio(lambda mine, full, floor: mine.hook_us - full.hook_us),
+    }
+
+
+def _language_model(sample: Sample) -> float:
+    """Milliseconds of the language model with all that the patch adds, but without the selector."""
+    return sample.ms["prune"] + sample.ms["prefill"] + sample.ms["restore"]

@@ -1,0 +1,144 @@
+"""One timed run of a model: unpruned, pruned, or the floor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..architectures import find_parts
+from ..patch import apply_grip, remove_grip
+from ..scorer import GripScorer, GripScorerConfig
+from ..selectors import Selector, get_selector
+from .memory import cache_bytes, peak_memory
+from .stopwatch import Stopwatch, TimedSelector, watched
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What is run: no budget is the unpruned model, a budget without a selector is the floor."""
+
+    selector: str | None = None
+    num_tokens: int | None = None
+
+    def __str__(self) -> str:
+        if self.num_tokens is None:
+            return "unpruned"
+        return f"{self.selector or 'floor'} {self.num_tokens}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What one run gave.
+
+    Attributes:
+        ms: Milliseconds of each part of the call that gives the first token (see `stopwatch.SPANS`), of the
+            `selector`, and of one `decode` step.
+        hook_us: Host microseconds around the modules in one decode step.
+        cache_bytes: Size of the KV cache after the first token.
+        peak_bytes: Peak memory, if it can be told.
+    """
+
+    ms: dict[str, float]
+    hook_us: float
+    cache_bytes: int
+    peak_bytes: int | None
+
+
+class Bench:
+    """A model and its inputs, ready to be run in every variant.
+
+    Args:
+        model: The model, not patched.
+        inputs: Inputs of its forward call.
+        selectors: Names of selectors.
+        decode_tokens: Steps to time after the first token.
+        seed: Seed of the scorer's random weights.
+    """
+
+    def __init__(
+        self, model: Any, inputs: dict[str, Tensor], selectors: Sequence[str], decode_tokens: int, seed: int = 0
+    ) -> None:
+        self.model, self.inputs, self.decode_tokens = model, inputs, decode_tokens
+        self.watch = Stopwatch(model.device)
+        self.selectors = {name: self._selector(name, seed) for name in selectors}
+        self.kept: dict[int, dict[str, Any]] = {}
+
+    def _selector(self, name: str, seed: int) -> Selector:
+        if name != "grip":
+            return get_selector(name, seed=seed)
+        torch.manual_seed(seed)
+        config = GripScorerConfig(hidden_size=self.model.config.get_text_config().hidden_size)
+        return get_selector(name, scorer=GripScorer(config).to(self.model.device, self.model.dtype).eval())
+
+    @torch.no_grad()
+    def run(self, variant: Variant) -> Sample:
+        """Run one variant; the model is left unpatched."""
+        floor = variant.selector is None and variant.num_tokens
+        if floor and floor not in self.kept:
+            self.kept[floor] = self._kept_inputs(floor)
+        if variant.selector is not None:
+            selector = TimedSelector(self.selectors[variant.selector], self.watch)
+            apply_grip(self.model, selector=selector, num_tokens=variant.num_tokens)
+        try:
+            with watched(self.model, self.watch), peak_memory(self.model.device) as peak:
+                token, cache = self._floor(floor) if floor else self._call()
+                ms, size = self.watch.spans(), cache_bytes(cache)
+                ms["decode"], hook_us = self._decode(token, cache)
+                return Sample(ms, hook_us, size, peak())
+        finally:
+            remove_grip(self.model)
+
+    def _call(self) -> tuple[Tensor, Any]:
+        """The first token, as `generate` computes it."""
+        self.watch.reset()
+        self.watch.mark("start")
+        output = self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+        token = output.logits[:, -1].argmax(-1, keepdim=True)
+        self.watch.mark("end")
+        return token, output.past_key_values
+
+    def _floor(self, num_tokens: int) -> tuple[Tensor, Any]:
+        """The first token from the embeddings that pruning left, without the patch and the vision tower."""
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        inputs = {**self.kept[num_tokens], "past_key_values": cache}
+        self.watch.reset()
+        self.watch.mark("start")
+        output = find_parts(self.model).language_model(**inputs)
+        token = self.model.get_output_embeddings()(output.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
+        self.watch.mark("end")
+        return token, cache
+
+    def _decode(self, token: Tensor, cache: Any) -> tuple[float, float]:
+        """Median milliseconds, and microseconds in hooks, of one further token."""
+        milliseconds, microseconds = [], []
+        for _ in range(self.decode_tokens):
+            length = int(cache.get_seq_length())
+            mask = torch.ones(len(token), length + 1, dtype=torch.long, device=token.device)
+            position = torch.full_like(token, length)
+            self.watch.reset()
+            self.watch.mark("start")
+            output = self.model(
+                input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+            )
+            token = output.logits[:, -1].argmax(-1, keepdim=True)
+            self.watch.mark("end")
+            milliseconds.append(self.watch.ms("start", "end"))
+            microseconds.append(self.watch.hook_us())
+        return median(milliseconds), median(microseconds)
+
+    def _kept_inputs(self, num_tokens: int) -> dict[str, Any]:
+        """What the language model gets when `num_tokens` are kept."""
+        apply_grip(self.model, selector="grid", num_tokens=num_tokens)
+        seen: list[dict[str, Any]] = []
+        try:
+            with watched(self.model, self.watch, seen):
+                self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+        finally:
+            remove_grip(self.model)
+        return seen[0]

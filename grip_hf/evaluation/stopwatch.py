@@ -1,0 +1,122 @@
+"""Time stamps inside one call of a multimodal model, on the host and on the GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..architectures import find_parts
+from ..selection import VisualBatch
+
+# The parts of a call between two marks: name -> (from, to).
+SPANS = {
+    "vision": ("start", "lm_in"),
+    "prune": ("lm_in", "lm_begin"),
+    "prefill": ("lm_begin", "lm_done"),
+    "restore": ("lm_done", "lm_left"),
+    "head": ("lm_left", "end"),
+    "total": ("start", "end"),
+}
+HOOKED = (("base_in", "base_begin"), ("lm_in", "lm_begin"), ("lm_done", "lm_left"), ("base_done", "base_left"))
+
+
+class Stopwatch:
+    """Marks points in time; on a GPU also in its own stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host: dict[str, float] = {}
+        self.events: dict[str, torch.cuda.Event] = {}
+
+    def mark(self, name: str) -> None:
+        """Remember that `name` is reached."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.events[name] = event
+        self.host[name] = time.perf_counter()
+
+    def reset(self) -> None:
+        """Forget all marks, after everything asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.host.clear()
+        self.events.clear()
+
+    def ms(self, first: str, last: str) -> float:
+        """Milliseconds from one mark to another; 0 if the first was not reached."""
+        if first not in self.host:
+            return 0.0
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return self.events[first].elapsed_time(self.events[last])
+        return 1e3 * (self.host[last] - self.host[first])
+
+    def spans(self) -> dict[str, float]:
+        """Milliseconds of every part of the call; `prune` is without the `selector`."""
+        found = {name: self.ms(*marks) for name, marks in SPANS.items()}
+        found["selector"] = self.ms("selector_in", "selector_out")
+        found["prune"] -= found["selector"]
+        return found
+
+    def hook_us(self) -> float:
+        """Host microseconds spent around the modules, in hooks that are not these."""
+        return 1e6 * sum(self.host[last] - self.host[first] for first, last in HOOKED)
+
+
+class TimedSelector:
+    """A selector that marks when it is asked and when it has answered."""
+
+    def __init__(self, selector: Any, watch: Stopwatch) -> None:
+        self.selector, self.watch = selector, watch
+
+    def prepare(self, model: Any) -> list[Any]:
+        """Prepare the selector inside."""
+        return self.selector.prepare(model)
+
+    def __call__(self, batch: VisualBatch) -> Tensor:
+        """Scores of the selector inside."""
+        self.watch.mark("selector_in")
+        scores = self.selector(batch)
+        self.watch.mark("selector_out")
+        return scores
+
+
+@contextlib.contextmanager
+def watched(model: Any, watch: Stopwatch, inputs: list[dict[str, Any]] | None = None) -> Iterator[None]:
+    """Mark the borders of the base model and of its language model, outside and inside of all hooks there are.
+
+    Args:
+        model: A model, patched before if at all.
+        watch: Gets the marks of the last call.
+        inputs: If given, the keyword arguments with which the language model is really called are added to it.
+    """
+    parts = find_parts(model)
+    handles = []
+
+    def before(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: watch.mark(name)
+
+    def after(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs, output: watch.mark(name)
+
+    for module, short in ((parts.base, "base"), (parts.language_model, "lm")):
+        handles += [
+            module.register_forward_pre_hook(before(f"{short}_in"), prepend=True, with_kwargs=True),
+            module.register_forward_pre_hook(before(f"{short}_begin"), with_kwargs=True),
+            module.register_forward_hook(after(f"{short}_done"), prepend=True, with_kwargs=True),
+            module.register_forward_hook(after(f"{short}_left"), with_kwargs=True),
+        ]
+    if inputs is not None:
+        spy = lambda module, args, kwargs: inputs.append(dict(kwargs))  # noqa: E731
+        handles.append(parts.language_model.register_forward_pre_hook(spy, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
