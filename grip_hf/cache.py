@@ -8,7 +8,6 @@ both. Its state goes wherever the cache goes: beam reordering, repetition, cropp
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
 from typing import Any
 
 import torch
@@ -148,9 +147,13 @@ class PrunedCache:
         return _rebuild, (type(self).__mro__[2],), dict(self.__dict__)
 
 
-@cache
-def _pruned_class(cls: type) -> type:
-    return type(f"Pruned{cls.__name__}", (PrunedCache, cls), {"__module__": __name__})
+_classes: dict[type, Any] = {}
+
+
+def _pruned_class(cls: type) -> Any:
+    if cls not in _classes:
+        _classes.setdefault(cls, type(f"Pruned{cls.__name__}", (PrunedCache, cls), {"__module__": __name__}))
+    return _classes[cls]
 
 
 def _rebuild(cls: type) -> Any:

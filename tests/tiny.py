@@ -219,6 +219,8 @@ def build(family, attention="sdpa", seed=0, dtype=torch.float32):
     """Build a tiny model in eval mode; the same weights for the same seed."""
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(TINY[family].config(), attn_implementation=attention, dtype=dtype)
+    with torch.no_grad():
+        model.lm_head.weight[89:] = 0  # such a model never says a placeholder or marker token
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     return model.eval()

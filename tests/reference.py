@@ -1,0 +1,63 @@
+"""The independent reference: the *unpatched* model, with dropped tokens masked out and original positions."""
+
+import torch
+from tiny import IMAGE_ID
+
+
+def visual_mask(inputs):
+    """[B, L] bool: picture tokens."""
+    return inputs["input_ids"] == IMAGE_ID
+
+
+def held_positions(inputs, kept):
+    """[B, L] bool: real tokens that stay, given the kept visual tokens of each row."""
+    held = inputs["attention_mask"].bool()
+    for row, (visual, indices) in enumerate(zip(visual_mask(inputs), kept, strict=True)):
+        columns = visual.nonzero().flatten()
+        gone = torch.ones(len(columns), dtype=torch.bool)
+        gone[indices] = False
+        held[row, columns[gone]] = False
+    return held
+
+
+def original_positions(model, inputs):
+    """Position ids of the unpruned call."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if hasattr(model.model, "get_rope_index") and "image_grid_thw" in inputs:
+        return model.model.get_rope_index(
+            ids, inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"], attention_mask=mask
+        )[0]
+    return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+
+
+def positions_and_next(model, inputs, steps):
+    """Position ids of the call and of `steps` tokens after it: [..., B, L + steps]."""
+    positions = original_positions(model, inputs)
+    last = positions.amax(dim=(0, -1) if positions.ndim == 3 else -1)
+    lead = positions.shape[:-2]
+    after = last[:, None] + 1 + torch.arange(steps)
+    return torch.cat([positions, after.expand(*lead, *after.shape)], -1)
+
+
+@torch.no_grad()
+def reference_logits(model, inputs, held, positions=None):
+    """Logits of the unpatched model on `inputs` when only the positions `held` [B, L] exist."""
+    positions = original_positions(model, inputs) if positions is None else positions
+    return model(**{**inputs, "attention_mask": held.long()}, position_ids=positions).logits
+
+
+@torch.no_grad()
+def reference_generate(model, inputs, held, steps):
+    """Greedy tokens [B, steps] of the unpatched model without a cache, and the logits [B, steps, V] they come from."""
+    positions = positions_and_next(model, inputs, steps)
+    start = inputs["input_ids"].shape[1]
+    inputs, tokens, logits = dict(inputs), [], []
+    for step in range(steps):
+        out = reference_logits(model, inputs, held, positions[..., : start + step])[:, -1]
+        logits.append(out)
+        tokens.append(out.argmax(-1))
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[-1][:, None]], 1)
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 1))
+        held = torch.nn.functional.pad(held, (0, 1), value=True)
+    return torch.stack(tokens, 1), torch.stack(logits, 1)
