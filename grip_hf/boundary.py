@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,31 +20,12 @@ from . import taps
 from .architectures import Parts, Scene
 from .budgets import Budget
 from .cache import CacheState, PrunedCache, physical_length, set_state, state_of
+from .calls import Call, calls, prompt_text, taps_of
 from .choose import Score, choose
 from .errors import GripError
 from .inputs import Step, decode_inputs, prune_inputs, real_tokens
 from .masks import KeyMap
 from .pruning import Plan, expand, identity_plan, make_plan, source_slots
-
-
-@dataclasses.dataclass
-class Call:
-    """One call of the base model, while it runs."""
-
-    input_ids: Tensor | None
-    inputs_embeds: Tensor | None
-    encoded: list[Any]
-    step: Step | None = None
-    state: CacheState | None = None
-
-
-# Calls in flight, by boundary; per thread, because several threads may share a model.
-class _Calls(threading.local):
-    def __init__(self) -> None:
-        self.running: dict[int, Call] = {}
-
-
-_calls = _Calls()
 
 
 @dataclasses.dataclass(eq=False)
@@ -71,13 +51,21 @@ class Boundary:
 
     def attach(self) -> list[Any]:
         """Register the hooks; returns their handles."""
-        base, language_model = self.parts.base, self.parts.language_model
+        owner, base, language_model = self.parts.owner, self.parts.base, self.parts.language_model
         return [
+            *([] if owner is base else [owner.register_forward_pre_hook(self.before_owner, with_kwargs=True)]),
             base.register_forward_pre_hook(self.before_base, with_kwargs=True),
             base.register_forward_hook(self.after_base, with_kwargs=True, always_call=True),
             language_model.register_forward_pre_hook(self.before_language_model, with_kwargs=True),
             language_model.register_forward_hook(self.after_language_model, with_kwargs=True, always_call=True),
         ]
+
+    def before_owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the labels, which tell the answer from the prompt."""
+        if calls.labels:
+            calls.labels.pop(id(self), None)
+        if kwargs.get("labels") is not None:
+            calls.labels[id(self)] = kwargs["labels"]
 
     def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember what the visual tokens can be told from."""
@@ -91,17 +79,17 @@ class Boundary:
         outputs = [one for one in encoded.values() if one is not None] if isinstance(encoded, dict) else []
         if not outputs:
             taps.clear()  # the pictures of this call are encoded within it
-        _calls.running[id(self)] = Call(input_ids, embeds, outputs)
+        calls.running[id(self)] = Call(input_ids, embeds, outputs, calls.labels.pop(id(self), None))
 
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forget the call, also after an exception."""
-        if _calls.running.pop(id(self), None) is not None:
+        if calls.running.pop(id(self), None) is not None:
             taps.clear()
 
     def before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Drop tokens from the call; returns its new arguments, or None to leave it as it is."""
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
-        call = _calls.running.get(id(self))
+        call = calls.running.get(id(self))
         state = state_of(cache)
         if call is None:
             if cache is None or state is None or state.trivial or embeds is None:
@@ -130,7 +118,7 @@ class Boundary:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, PrunedCache):
             cache.grip_inside = False
-        call = _calls.running.get(id(self))
+        call = calls.running.get(id(self))
         if call is None or call.state is None or output is None:
             return None
         cache = cache if cache is not None else _cache_of(output)
@@ -181,41 +169,10 @@ class Boundary:
         budget = self.budget()
         if budget.everything or budget.keep_ratio == 1:
             return None
-        text = real & ~visual
-        features = _taps_of(call)
-        prompt = _prompt_length(call, kwargs)
-        if prompt is not None:
-            text = text & (torch.arange(text.shape[1], device=text.device) < prompt)
+        text = prompt_text(call, kwargs, real & ~visual)
+        features = taps_of(call)
         scene = Scene(visual, call.input_ids, kwargs["inputs_embeds"], kwargs.get("position_ids"), self.parts.base)
         return choose(self.selector, budget, self.per_image, self.parts.family.layout, scene, text, features)
-
-
-def _taps_of(call: Call) -> dict[str, Tensor]:
-    """The taps of this call; those of pictures encoded by `generate` stay with their features for later calls."""
-    features = taps.collect()
-    if call.encoded and not isinstance(call.encoded[0], (Tensor, tuple, list)):
-        if features:
-            call.encoded[0].grip_taps = features
-        return getattr(call.encoded[0], "grip_taps", {})
-    return features
-
-
-def _prompt_length(call: Call, kwargs: dict[str, Any]) -> int | None:
-    """Number of tokens before generated ones, where that is known, so that the choice does not depend on these.
-
-    `generate(use_cache=False)` calls the model with an ever longer sequence and the same encoded pictures.
-    """
-    if kwargs.get("past_key_values") is not None or call.input_ids is None or not call.encoded:
-        return None
-    carrier = call.encoded[0]
-    if isinstance(carrier, (Tensor, tuple, list)):
-        return None
-    first: Tensor | None = getattr(carrier, "grip_prompt", None)
-    ids = call.input_ids
-    if first is not None and first.shape[0] == ids.shape[0] and torch.equal(ids[:, : first.shape[1]], first):
-        return first.shape[1]
-    carrier.grip_prompt = ids
-    return None
 
 
 def _keys_before(state: CacheState | None, batch: int, past: int, device: torch.device) -> KeyMap:

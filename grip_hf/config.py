@@ -7,7 +7,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -104,14 +104,19 @@ class GripConfig:
 
     def replace(self, **overrides: Any) -> GripConfig:
         """Return a copy with some settings changed; giving one kind of budget drops the other."""
-        known = {field.name for field in dataclasses.fields(self)}
-        unknown = sorted(set(overrides) - known)
-        if unknown:
-            raise ConfigError(f"unknown settings {unknown}; known ones are {sorted(known)}")
+        self.check_names(overrides)
         for name, other in (("keep_ratio", "num_tokens"), ("num_tokens", "keep_ratio")):
             if overrides.get(name) is not None and other not in overrides:
                 overrides = {**overrides, other: None}
         return dataclasses.replace(self, **overrides)
+
+    @classmethod
+    def check_names(cls, settings: Iterable[str]) -> None:
+        """Raise `ConfigError` if a name is not that of a setting."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ConfigError(f"unknown settings {unknown}; known ones are {sorted(known)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dict."""

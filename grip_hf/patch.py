@@ -189,7 +189,8 @@ def _resolve(
         overrides = {**overrides, "selector": selector}
     elif selector is not None and not callable(selector):
         raise ConfigError(f"selector must be a name or a callable, got {selector!r}")
-    return (GripConfig.from_dict(overrides) if config is None else config.replace(**overrides)), scorer
+    GripConfig.check_names(overrides)
+    return (GripConfig(**overrides) if config is None else config.replace(**overrides)), scorer
 
 
 def _load(source: str | os.PathLike[str]) -> tuple[GripConfig | None, nn.Module | None]:

@@ -28,6 +28,7 @@ LEVELS = {
     "budgets": 2,
     "choose": 3,
     "inputs": 3,
+    "calls": 3,
     "boundary": 4,
     "patch": 5,
     "hub": 6,
