@@ -8,6 +8,7 @@ from typing import TypedDict
 
 Z95 = 1.959963984540054
 MEAN = "mean"
+UNPRUNED = "unpruned"
 
 
 class Row(TypedDict):
@@ -46,7 +47,8 @@ def table(answers: Mapping[tuple[str, float], Mapping[str, Sequence[bool]]], tas
     for (selector, budget), by_task in answers.items():
         counts = {task: (sum(by_task[task]), len(by_task[task])) for task in tasks if by_task.get(task)}
         for task, (right, n) in counts.items():
-            rows.append(Row(selector=selector, budget=budget, task=task, accuracy=right / n, n=n, ci95=wilson(right, n)))
+            interval = wilson(right, n)
+            rows.append(Row(selector=selector, budget=budget, task=task, accuracy=right / n, n=n, ci95=interval))
         rows.append(_mean(selector, budget, list(counts.values())))
     return rows
 

@@ -17,9 +17,8 @@ from ..selectors.base import Selector
 from ..training.data import Examples
 from ..training.features import FrozenVLM, Sample, answer_ids, stack_visual
 from ..training.store import SampleStore, compare
-from .metrics import Row, table
+from .metrics import UNPRUNED, Row, table
 
-UNPRUNED = "unpruned"
 Scores = Callable[[VisualBatch], Tensor]
 
 
@@ -66,8 +65,8 @@ def evaluate(
 ) -> list[Row]:
     """Accuracy of every selector at every budget, and of the unpruned model.
 
-    An answer is right if greedy decoding would write exactly the reference answer. That is read off one forward pass with
-    the answer fed in: each of its tokens must be the likeliest one.
+    An answer is right if greedy decoding would write exactly the reference answer. That is read off one forward pass
+    with the answer fed in: each of its tokens must be the likeliest one.
 
     Args:
         model: The model; a patch on it is replaced and removed again.
@@ -83,7 +82,9 @@ def evaluate(
     """
     ratios = [check_keep_ratio(budget) for budget in budgets]
     if not ratios or not len(examples) or batch_size < 1:
-        raise ConfigError(f"nothing to evaluate: budgets={list(budgets)}, {len(examples)} examples, batch_size={batch_size}")
+        raise ConfigError(
+            f"nothing to evaluate: budgets={list(budgets)}, {len(examples)} examples, batch_size={batch_size}"
+        )
     vlm = FrozenVLM(model, processor, cached_pictures=batch_size, tap=tap_all(selectors.values()))
     answers: dict[tuple[str, float], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     try:

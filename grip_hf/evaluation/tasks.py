@@ -1,0 +1,66 @@
+"""What is evaluated on what: selectors by name, and the pocket testbed's held-out questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..scorer import GripScorer
+from ..selectors import SELECTORS, get_selector
+from ..training.pocket_examples import PocketExamples
+from .runner import Oracle, Scores
+
+SHIPPED_FOLDER = Path(__file__).parents[1] / "pocket" / "assets" / "scorers"
+SHIPPED = ("grip", "warmup", "relaxed")
+ORACLE = "oracle"
+
+
+def pocket_examples(examples: int, seed: int = 0) -> PocketExamples:
+    """Held-out questions about pocket scenes that nothing was trained on, every family equally often.
+
+    Args:
+        examples: Number of questions.
+        seed: Which scenes; any integer >= 0.
+    """
+    return PocketExamples(examples, seed, split="test")
+
+
+def named_selectors(specs: Iterable[str], seed: int = 0, pocket: bool = True) -> dict[str, Scores | Oracle]:
+    """Selectors from what a user writes.
+
+    Args:
+        specs: Each the name of a selector, `label=folder` for a scorer of your own, and for the pocket model also
+            "grip", "warmup", "relaxed" (the scorers shipped with it) and "oracle".
+        seed: For selectors that draw at random.
+        pocket: Whether the pocket model is evaluated.
+
+    Raises:
+        ConfigError: A name is unknown, given twice, or none is given.
+        ScorerError: A scorer cannot be loaded.
+    """
+    found: dict[str, Scores | Oracle] = {}
+    for spec in specs:
+        name, _, folder = spec.partition("=")
+        if name in found:
+            raise ConfigError(f"selector {name!r} is given twice")
+        if folder:
+            found[name] = get_selector("grip", scorer=folder)
+        elif pocket and name == ORACLE:
+            found[name] = Oracle()
+        elif pocket and name in SHIPPED:
+            found[name] = get_selector("grip", scorer=shipped_scorer(name))
+        elif name in SELECTORS and name != "grip":
+            found[name] = get_selector(name, seed=seed)
+        else:
+            own = [*SHIPPED, ORACLE] if pocket else []
+            known = sorted({*SELECTORS, *own} - (set() if pocket else {"grip"}))
+            raise ConfigError(f"selector must be label=folder of a scorer or one of {known}, got {spec!r}")
+    if not found:
+        raise ConfigError("give at least one selector")
+    return found
+
+
+def shipped_scorer(name: str) -> GripScorer:
+    """A scorer for the pocket model that comes with the package."""
+    return GripScorer.from_pretrained(SHIPPED_FOLDER / name)

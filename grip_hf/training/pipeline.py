@@ -1,0 +1,124 @@
+"""From nothing to a trained scorer: warm-up, then GRPO or its relaxation, each stage resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import set_seed
+
+from ..errors import ConfigError
+from ..scorer import GripScorer, GripScorerConfig
+from .checkpoints import last_checkpoint, save_scorer
+from .grpo import grpo_config, make_grpo_trainer
+from .relaxed import RelaxedTrainer
+from .rollout import BudgetRange
+from .store import SampleStore
+from .supervised import training_arguments
+from .warmup import WarmupTrainer
+
+METHODS = ("grpo", "relaxed", "warmup")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to train and for how long.
+
+    Args:
+        output: Folder of the run: `warmup/` and `grpo/` (or `relaxed/`) hold checkpoints and each stage's scorer; the
+            folder itself ends up with the final scorer.
+        method: What follows the warm-up: "grpo", "relaxed", or "warmup" for nothing.
+        warmup_steps: Steps of the warm-up; 0 starts from a fresh scorer.
+        steps: Steps of the method.
+        budgets: Keep ratios to train on.
+        target: Target of the warm-up.
+        seed: Of weights, order and draws.
+        save_every: Steps between checkpoints.
+        scorer: Sizes of the scorer that differ from the defaults.
+        warmup_args: Settings of the warm-up's `TrainingArguments`.
+        args: Settings of the method's `GRPOConfig` or `TrainingArguments`.
+        options: Further arguments of `make_grpo_trainer` or `RelaxedTrainer`.
+
+    Raises:
+        ConfigError: A value is not allowed.
+    """
+
+    output: Path
+    method: str = "grpo"
+    warmup_steps: int = 500
+    steps: int = 2000
+    budgets: BudgetRange = dataclasses.field(default_factory=BudgetRange)
+    target: str = "gradient"
+    seed: int = 0
+    save_every: int = 250
+    scorer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    warmup_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"method must be one of {METHODS}, got {self.method!r}")
+        for name in ("warmup_steps", "steps", "save_every", "seed"):
+            value, least = getattr(self, name), int(name == "save_every")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
+
+    def stage_args(self, steps: int) -> dict[str, Any]:
+        """Settings that all stages share."""
+        return {"max_steps": steps, "seed": self.seed, "save_steps": self.save_every, "save_total_limit": 2}
+
+
+def train(plan: Plan, store: SampleStore, callbacks: list[Any] | None = None) -> GripScorer:
+    """Run a plan, going on from whatever its output folder holds.
+
+    Returns:
+        The trained scorer, which is also in `plan.output`.
+
+    Raises:
+        CheckpointError: The folder holds the run of another model.
+    """
+    set_seed(plan.seed)
+    width = store.vlm.hidden_size
+    scorer = GripScorer(GripScorerConfig(hidden_size=width, **plan.scorer))
+    nn.Module.to(scorer, store.vlm.device)
+    if plan.warmup_steps:
+        scorer = _stage(plan, "warmup", scorer, store, callbacks)
+    if plan.steps and plan.method != "warmup":
+        scorer = _stage(plan, plan.method, scorer, store, callbacks)
+    return scorer
+
+
+def _stage(plan: Plan, name: str, scorer: GripScorer, store: SampleStore, callbacks: list[Any] | None) -> GripScorer:
+    """Run one stage, or load its result if it was finished before."""
+    folder, width = plan.output / name, store.vlm.hidden_size
+    finished = folder / "scorer"
+    if (finished / "model.safetensors").is_file():
+        done = GripScorer.from_pretrained(finished)
+        if done.config.hidden_size == width:
+            nn.Module.to(done, store.vlm.device)
+            return done
+    checkpoint = last_checkpoint(folder, width)
+    trainer = _trainer(plan, name, scorer, store, callbacks)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_world_process_zero():
+        save_scorer(scorer, finished)
+        save_scorer(scorer, plan.output)
+    trainer.accelerator.wait_for_everyone()
+    return scorer.eval()
+
+
+def _trainer(plan: Plan, name: str, scorer: GripScorer, store: SampleStore, callbacks: list[Any] | None) -> Any:
+    folder = str(plan.output / name)
+    if name == "warmup":
+        args = training_arguments(folder, **plan.stage_args(plan.warmup_steps), **plan.warmup_args)
+        return WarmupTrainer(scorer, store, args, plan.budgets, target=plan.target, callbacks=callbacks)
+    settings = {**plan.stage_args(plan.steps), **plan.args}
+    if name == "relaxed":
+        args = training_arguments(folder, **settings)
+        return RelaxedTrainer(scorer, store, args, plan.budgets, callbacks=callbacks, **plan.options)
+    return make_grpo_trainer(
+        scorer, store, grpo_config(folder, **settings), budgets=plan.budgets, callbacks=callbacks, **plan.options
+    )

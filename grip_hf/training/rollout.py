@@ -1,0 +1,113 @@
+"""Draw keep-sets and find out how the model answers with them: the `rollout_func` of TRL's GRPOTrainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..selection import gumbel_topk
+from .policy import score
+from .store import SampleStore
+
+Rollout = Callable[[list[Any], Any], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetRange:
+    """Keep ratios to train on, drawn log-uniformly: a token more matters the more the fewer there are.
+
+    Args:
+        low: Smallest ratio, in (0, 1].
+        high: Largest ratio, in [low, 1].
+
+    Raises:
+        ConfigError: They are not.
+    """
+
+    low: float = 0.03
+    high: float = 0.6
+
+    def __post_init__(self) -> None:
+        numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (self.low, self.high))
+        if not numbers or not 0 < self.low <= self.high <= 1:
+            raise ConfigError(
+                f"budgets must be (low, high) with 0 < low <= high <= 1, got {self.low!r}, {self.high!r}"
+            )
+
+    def draw(self, key: str) -> float:
+        """The ratio that belongs to a key: the same on every process."""
+        return math.exp(random.Random(key).uniform(math.log(self.low), math.log(self.high)))
+
+
+def make_rollout(store: SampleStore, budgets: BudgetRange, greedy: bool = False) -> Rollout:
+    """Make a `rollout_func`.
+
+    Args:
+        store: Where the rows that prompts name are looked up.
+        budgets: What budgets are drawn from: one per group, the same on every process.
+        greedy: Whether the first member of each group keeps the best tokens instead of drawn ones. It counts for the
+            group's baseline, not for the gradient.
+    """
+
+    @torch.no_grad()
+    def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        accelerator, training = trainer.accelerator, trainer.model.training
+        policy = accelerator.unwrap_model(trainer.model)
+        size = trainer.num_generations if training else trainer.num_generations_eval
+        first = accelerator.process_index * len(prompts)
+        rows = [prompt[-1]["row"] for prompt in prompts]
+        groups = [(first + i) // size for i in range(len(rows))]
+        moment = f"{trainer.args.seed}/{trainer.state.global_step}/{trainer._step if training else 'eval'}"
+        ratios = [budgets.draw(f"{moment}/{group}") for group in groups]
+        counts = [store.count(row, ratio) for row, ratio in zip(rows, ratios, strict=True)]
+        lead = [greedy and training and (first + i) % size == 0 for i in range(len(rows))]
+        picks = _pick(policy, store, rows, counts, lead, trainer.temperature if training else None)
+        samples = store.samples(rows)
+        keep = [
+            torch.zeros(s.num_visual, dtype=torch.bool).index_fill_(0, p, True)
+            for s, p in zip(samples, picks, strict=True)
+        ]
+        verdict = store.judge(samples, keep)
+        decode = store.vlm.processor.tokenizer.decode
+        columns = samples[0].example.columns
+        result: dict[str, Any] = {name: [sample.example.columns.get(name) for sample in samples] for name in columns}
+        result |= {
+            "answer": [sample.example.answer for sample in samples],
+            "prompt_ids": [[row] for row in rows],
+            "completion_ids": [p.tolist() for p in picks],
+            "logprobs": None,
+            "budget": counts,
+            "keep_ratio": ratios,
+            "kl": verdict.kl.tolist(),
+            "correct": verdict.correct.tolist(),
+            "log_prob": verdict.log_prob.tolist(),
+            "predicted": [decode(ids[ids >= 0], skip_special_tokens=True) for ids in verdict.predicted],
+        }
+        if greedy:
+            result["env_mask"] = [[0 if leads else 1] * count for leads, count in zip(lead, counts, strict=True)]
+        return result
+
+    return rollout
+
+
+def _pick(
+    policy: Any, store: SampleStore, rows: list[int], counts: list[int], lead: list[bool], temperature: float | None
+) -> list[Tensor]:
+    """Per row the picks [K] long, on the CPU: drawn at `temperature`, or the best ones for leaders and for None."""
+    asked = torch.tensor([rows, counts]).T
+    distinct, group = asked.unique(dim=0, return_inverse=True)
+    batch = store.visual(distinct[:, 0].tolist(), distinct[:, 1])
+    scores, mask = score(policy.scorer, batch)[group], batch.mask[group]
+    wanted = torch.tensor(counts, device=mask.device)
+    order = gumbel_topk(scores, mask, wanted, temperature=temperature or 1.0)
+    best = scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, : order.shape[1]]
+    greedy = torch.tensor(lead, device=mask.device) | (temperature is None)
+    order = torch.where(greedy[:, None], best, order).cpu()
+    return [picks[:count] for picks, count in zip(order, counts, strict=True)]

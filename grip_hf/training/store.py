@@ -1,0 +1,98 @@
+"""Examples by row number, with what the frozen model knows about them: looked up once, kept while there is room."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import count_kept
+from ..selection import VisualBatch
+from .data import Examples
+from .features import FrozenVLM, Sample, answer_ids, stack_visual
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How answers given with few tokens compare with those of the whole model; one entry per row.
+
+    Attributes:
+        kl: [B] KL(full || pruned) in nats, summed over the answer's positions.
+        correct: [B] bool, the pruned model would write the reference answer, greedily and exactly.
+        log_prob: [B] log-probability of the reference answer.
+        predicted: [B, Amax] long, the likeliest token at each position; -1 where padded.
+    """
+
+    kl: Tensor
+    correct: Tensor
+    log_prob: Tensor
+    predicted: Tensor
+
+
+def compare(full: Tensor, pruned: Tensor, ids: Tensor, mask: Tensor) -> Verdict:
+    """Compare predictions at the answer's positions.
+
+    Args:
+        full: [B, A, V] log-probabilities of the unpruned model.
+        pruned: [B, A, V] log-probabilities of the pruned model.
+        ids: [B, A] long, the reference answer.
+        mask: [B, A] bool, True at real positions.
+
+    Returns:
+        The verdict; `kl` and `log_prob` carry gradients if `pruned` does.
+    """
+    kl = (full.exp() * (full - pruned)).sum(-1).masked_fill(~mask, 0).sum(-1)
+    told = pruned.gather(2, ids[..., None]).squeeze(-1).masked_fill(~mask, 0).sum(-1)
+    best = pruned.argmax(-1)
+    return Verdict(kl.clamp(min=0), ((best == ids) | ~mask).all(-1), told, best.masked_fill(~mask, -1))
+
+
+class SampleStore:
+    """Samples by row.
+
+    Args:
+        vlm: The frozen model.
+        examples: The rows.
+        room: How many samples are remembered; pictures have a cache of their own.
+        rows_at_once: Largest batch of pruned forward passes.
+    """
+
+    def __init__(self, vlm: FrozenVLM, examples: Examples, room: int = 512, rows_at_once: int = 128) -> None:
+        self.vlm, self.examples, self.room, self.rows_at_once = vlm, examples, room, rows_at_once
+        self._samples: OrderedDict[int, Sample] = OrderedDict()
+
+    def samples(self, rows: Sequence[int]) -> list[Sample]:
+        """The samples of some rows, in their order; a row may come several times."""
+        missing = [row for row in dict.fromkeys(rows) if row not in self._samples]
+        found = {row: self._samples[row] for row in rows if row in self._samples}
+        if missing:
+            found.update(zip(missing, self.vlm.prepare([self.examples[row] for row in missing]), strict=True))
+        for row in rows:
+            self._samples[row] = found[row]
+            self._samples.move_to_end(row)
+        while len(self._samples) > self.room:
+            self._samples.popitem(last=False)
+        return [found[row] for row in rows]
+
+    def visual(self, rows: Sequence[int], budgets: Tensor) -> VisualBatch:
+        """What a selector sees of some rows under `budgets` [G] long."""
+        return stack_visual([sample.visual for sample in self.samples(rows)], budgets)
+
+    def count(self, row: int, keep_ratio: float) -> int:
+        """Number of visual tokens that a row keeps under a ratio."""
+        return count_kept(self.samples([row])[0].num_visual, keep_ratio)
+
+    @torch.no_grad()
+    def judge(self, samples: Sequence[Sample], keep: Sequence[Tensor]) -> Verdict:
+        """Answer every sample with its kept tokens ([N] bool each) and compare with the unpruned model."""
+        ids, mask = answer_ids(samples)
+        full = self.vlm.full_log_probs(samples)
+        pruned = torch.zeros_like(full)
+        for start in range(0, len(samples), self.rows_at_once):
+            part = slice(start, start + self.rows_at_once)
+            logits = self.vlm.run(samples[part], keep[part]).logits
+            pruned[part, pruned.shape[1] - logits.shape[1] :] = logits.float().log_softmax(-1)
+        return compare(full, pruned, ids, mask)
