@@ -69,7 +69,7 @@ def test_cls_attention_is_the_towers_own(attention, layer):
         name = "cls_attention"
 
         def __call__(self, batch):
-            seen["tap"] = batch.taps["vision_attention"][batch.mask]
+            seen["tap"] = batch.taps["vision.salience"][batch.mask]
             return super().__call__(batch)
 
     apply_grip(model, selector=Spy(), num_tokens=6)

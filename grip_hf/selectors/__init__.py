@@ -43,4 +43,15 @@ def get_selector(name: str, *, seed: int = 0, **kwargs: Any) -> Selector:
     return selector
 
 
-from . import cls_attention, diversity, grid, grip, random, similarity  # noqa: E402, F401  (they register themselves)
+from . import (  # noqa: E402, F401  (they register themselves)
+    cdpruner,
+    cls_attention,
+    diversity,
+    grid,
+    grip,
+    hiprune,
+    random,
+    similarity,
+    sparsevlm,
+    vispruner,
+)

@@ -22,12 +22,13 @@ class Selector(ABC):
 
     Attributes:
         name: Name in the registry.
-        needs: Names of the taps that `prepare` arranges and `__call__` reads from `batch.taps`.
+        needs: Names of the taps that `prepare` arranges and `__call__` reads from `batch.taps`. A name stands for one
+            feature of one layer, so that two selectors that need it may share it.
         seed: For selectors that draw at random.
     """
 
     name: ClassVar[str] = ""
-    needs: ClassVar[tuple[str, ...]] = ()
+    needs: tuple[str, ...] = ()
     seed: int = 0
 
     def prepare(self, model: PreTrainedModel) -> list[RemovableHandle]:

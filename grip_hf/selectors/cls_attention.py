@@ -9,7 +9,7 @@ from torch import Tensor
 from ..selection import VisualBatch
 from . import register
 from .base import Selector
-from .vision_taps import Attended, tap_attention
+from .vision_taps import Layer, tap_name, tap_vision
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -24,13 +24,12 @@ class ClsAttentionSelector(Selector):
     gives the attention that a patch receives from all patches instead, as VisionZip does for such towers.
 
     Args:
-        layer: Index of another layer of the tower.
+        layer: Another layer of the tower, by its index or by its depth as a share of all.
     """
 
-    needs = ("vision_attention",)
-
-    def __init__(self, layer: int | None = None) -> None:
+    def __init__(self, layer: Layer = None) -> None:
         self.layer = layer
+        self.needs = (tap_name("salience", layer),)
 
     def prepare(self, model: PreTrainedModel) -> list[RemovableHandle]:
         """Tap the layer's attention.
@@ -38,8 +37,8 @@ class ClsAttentionSelector(Selector):
         Raises:
             UnsupportedModelError: The tower has no such layer, or its patches are not the visual tokens.
         """
-        return tap_attention(model, self.name, {"vision_attention": Attended.importance}, self.layer)
+        return tap_vision(model, self.name, ["salience"], self.layer)
 
     def __call__(self, batch: VisualBatch) -> Tensor:
         """Return scores [G, N] in [0, 1]."""
-        return batch.taps["vision_attention"]
+        return batch.taps[self.needs[0]]

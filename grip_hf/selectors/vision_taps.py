@@ -7,7 +7,7 @@ attends in float32. For [CLS] this is one query, for the mean over all queries o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +37,8 @@ TOWERS = {"clip_vision_model": Tower(prefix=1), "siglip_vision_model": Tower(pre
 # Families whose language model gets one visual token per patch, in the order of the patches.
 ONE_TO_ONE = ("llava",)
 CHUNK = 512
+# A layer by its index, by its depth as a share of all, or (None) the one whose output the language model gets.
+Layer = int | float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +61,19 @@ class Attended:
         """[B, S, D] keys, heads side by side."""
         return self.module.k_proj(self.hidden)
 
-    def importance(self) -> Tensor:
+    def mean_keys(self) -> Tensor:
+        """[B, S, D / heads] keys, averaged over heads."""
+        return self.keys().unflatten(-1, (self.module.num_heads, -1)).mean(-2)
+
+    def salience(self) -> Tensor:
         """[B, S] attention that each token gets: from [CLS] if there is one, else from all tokens on average."""
-        asking = self.hidden[:, :1] if self.tower.prefix else self.hidden
+        return self._received(self.hidden[:, :1] if self.tower.prefix else self.hidden)
+
+    def attention(self) -> Tensor:
+        """[B, S] attention that each token gets from all tokens on average."""
+        return self._received(self.hidden)
+
+    def _received(self, asking: Tensor) -> Tensor:
         query = self.module.q_proj(asking)
         return attention_received(query, self.keys(), self.module.num_heads, self.module.scale)
 
@@ -79,16 +91,19 @@ def attention_received(query: Tensor, key: Tensor, heads: int, scale: float) -> 
     return total / (heads * query.shape[2])
 
 
-def tap_attention(
-    model: nn.Module, who: str, features: dict[str, Callable[[Attended], Tensor]], layer: int | None = None
-) -> list[RemovableHandle]:
+def tap_name(feature: str, layer: Layer) -> str:
+    """Name of the tap that holds a feature of a layer."""
+    return f"vision.{feature}" if layer is None else f"vision.{feature}.{layer}"
+
+
+def tap_vision(model: nn.Module, who: str, features: Sequence[str], layer: Layer = None) -> list[RemovableHandle]:
     """Publish features of one attention layer of the vision tower whenever it runs.
 
     Args:
         model: The model to hook.
         who: Name of the selector, for the error message.
-        features: For each tap its function from the layer's input to values [B, S, ...] per token of the tower.
-        layer: Index of the layer; None takes the one whose output the language model gets.
+        features: Names of methods of `Attended`; the taps are called by `tap_name`.
+        layer: Which layer.
 
     Returns:
         The handle of the hook.
@@ -96,6 +111,36 @@ def tap_attention(
     Raises:
         UnsupportedModelError: The tower is of an unknown kind, its patches are not the visual tokens, or it has no
             such layer.
+    """
+    modules, tower, config = find_tower(model, who)
+    if layer is None:
+        index = feature_layer(config, len(modules))
+    else:
+        index = int(layer * len(modules)) if isinstance(layer, float) else layer
+    if not -len(modules) <= index < len(modules):
+        raise UnsupportedModelError(f"layer must be in [-{len(modules)}, {len(modules)}) for this tower, got {layer}")
+    keep_prefix = config.vision_feature_select_strategy == "full"
+
+    @torch.no_grad()
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        attended = Attended(module, hidden, tower, keep_prefix)
+        # Two selectors may tap the same feature of the same model: the first hook to run publishes it for both.
+        published = hidden.__dict__.setdefault("grip_published", set())
+        for feature in features:
+            name = tap_name(feature, layer)
+            if name not in published:
+                published.add(name)
+                publish(name, attended.per_token(getattr(attended, feature)()))
+
+    return [modules[index].register_forward_hook(hook, with_kwargs=True)]
+
+
+def find_tower(model: nn.Module, who: str) -> tuple[list[nn.Module], Tower, Any]:
+    """The attention modules of the vision tower in order, the facts of the tower, and the model's config.
+
+    Raises:
+        UnsupportedModelError: The tower is of an unknown kind, or its patches are not the visual tokens.
     """
     parts = find_parts(model)
     config: Any = parts.base.config
@@ -107,19 +152,7 @@ def tap_attention(
         )
     tower: Any = parts.base.vision_tower
     modules = [module for module in tower.modules() if hasattr(module, "q_proj") and hasattr(module, "k_proj")]
-    index = feature_layer(config, len(modules)) if layer is None else layer
-    if not -len(modules) <= index < len(modules):
-        raise UnsupportedModelError(f"layer must be in [-{len(modules)}, {len(modules)}) for this tower, got {layer}")
-    keep_prefix = config.vision_feature_select_strategy == "full"
-
-    @torch.no_grad()
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        attended = Attended(module, hidden, TOWERS[kind], keep_prefix)
-        for name, feature in features.items():
-            publish(name, attended.per_token(feature(attended)))
-
-    return [modules[index].register_forward_hook(hook, with_kwargs=True)]
+    return modules, TOWERS[kind], config
 
 
 def feature_layer(config: Any, layers: int) -> int:

@@ -1,0 +1,71 @@
+"""VisPruner: what the vision tower looks at, and what differs most among the rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..selection import VisualBatch, topk_mask
+from . import register
+from .base import Selector
+from .vision_taps import tap_name, tap_vision
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+PER_STEP = 8
+
+
+@register("vispruner")
+class VisPrunerSelector(Selector):
+    """VisPruner (Zhang et al., ICCV 2025, arXiv 2412.01818): important tokens, then diverse ones.
+
+    A share of the budget goes to the tokens with most [CLS] attention. Of the others, duplicates are removed in steps:
+    the tokens left are dealt out to two sides in turn, and the up to 8 of the first side that are most similar to some
+    token of the second go, until the budget is met. Similarity is that of the projected tokens.
+
+    Args:
+        important: Share of the budget for important tokens, in [0, 1].
+    """
+
+    needs = (tap_name("salience", None),)
+
+    def __init__(self, important: float = 0.5) -> None:
+        if isinstance(important, bool) or not 0 <= important <= 1:
+            raise ConfigError(f"important must be a number in [0, 1], got {important!r}")
+        self.important = important
+
+    def prepare(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        """Tap the attention of the layer that feeds the language model."""
+        return tap_vision(model, self.name, ["salience"])
+
+    def __call__(self, batch: VisualBatch) -> Tensor:
+        """Return scores [G, N]: 2 + attention for important tokens, 1 for diverse ones, 0 for the others."""
+        salience = batch.taps[self.needs[0]]
+        count = (batch.budgets * self.important).long()
+        important = topk_mask(salience, batch.mask, count)
+        scores = torch.where(important, 2 + salience, 0.0)
+        unit = F.normalize(batch.tokens.float(), dim=-1)
+        for row, wanted in enumerate((batch.budgets - count).tolist()):
+            left = (batch.mask[row] & ~important[row]).nonzero().flatten()
+            scores[row, without_duplicates(unit[row], left, wanted)] = 1
+        return scores
+
+
+def without_duplicates(unit: Tensor, left: Tensor, wanted: int) -> Tensor:
+    """Thin out tokens until `wanted` are left: unit [N, D] vectors, left [M] long indices -> [wanted or M] long."""
+    while len(left) > wanted:
+        first, second = left[::2], left[1::2]
+        go = min(PER_STEP, len(left) - wanted, len(first))
+        if len(second):
+            double = (unit[first] @ unit[second].T).amax(1)
+            first = first[double.argsort(descending=True, stable=True)[go:]]
+        else:
+            first = first[go:]
+        left = torch.cat([first, second]).sort().values
+    return left
