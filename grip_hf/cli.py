@@ -8,13 +8,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from grip_hf.evaluation.bench_cli import bench
+from grip_hf.evaluation.eval_cli import evaluate
+from grip_hf.training.train_cli import train
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 console = Console()
+if not console.is_terminal:
+    console.width = 140  # a file or a log has no width of its own
 
 
 @app.callback()
 def main() -> None:
     """Fewer visual tokens for Hugging Face vision-language models."""
+
+
+app.command("bench")(bench)
+app.command("eval")(evaluate)
+app.command("train")(train)
 
 
 @app.command()
@@ -34,9 +45,13 @@ def demo(
 ) -> None:
     """Watch a real, trained LLaVA answer questions with all of its visual tokens and with a fraction of them."""
     from grip_hf.pocket.demo import means, run_demo
+    from grip_hf.selectors import SELECTORS
 
     names = [name.strip() for name in selectors.split(",") if name.strip()]
     ratios = [_ratio(text) for text in budgets.split(",") if text.strip()]
+    unknown = sorted({*names, show} - set(SELECTORS))
+    if unknown:
+        raise typer.BadParameter(f"unknown selectors {unknown}; choose from {', '.join(sorted(SELECTORS))}")
     with console.status("loading") as status:
         result = run_demo(names, ratios, (show, _ratio(str(keep_ratio))), scenes, seed, status.update)
     table = Table(title=f"{show} keeps {keep_ratio:.0%} of the visual tokens")

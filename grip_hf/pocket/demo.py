@@ -4,10 +4,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaProcessor
 
 from grip_hf.config import GripConfig
 from grip_hf.patch import apply_grip, remove_grip
@@ -98,7 +99,9 @@ def run_demo(
     """
     if scenes < 1:
         raise ValueError(f"scenes={scenes} must be >= 1")
-    model, processor = load_pocket_llava()
+    loaded = load_pocket_llava()
+    model: Any = loaded[0]  # transformers narrows the type of `generate` too far for its own models
+    processor = loaded[1]
     shown = [make_scene(seed + i) for i in range(scenes)]
     progress("unpruned answers")
     remove_grip(model)
@@ -114,9 +117,7 @@ def run_demo(
     return Demo(rows, summary, picture)
 
 
-def ask_one(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, scene: Scene, question: Question
-) -> Reply:
+def ask_one(model: Any, processor: LlavaProcessor, scene: Scene, question: Question) -> Reply:
     """Put one question about one scene to the model, as a user would."""
     inputs = processor(images=scene.image, text=f"<image>{question.text}", return_tensors="pt")
     begin = time.perf_counter()
@@ -129,7 +130,7 @@ def ask_one(
 
 
 @torch.no_grad()
-def ask_all(model: LlavaForConditionalGeneration, processor: LlavaProcessor, scenes: Sequence[Scene]) -> list[str]:
+def ask_all(model: Any, processor: LlavaProcessor, scenes: Sequence[Scene]) -> list[str]:
     """The answers to all questions of all scenes, a scene's questions as one batch."""
     answers: list[str] = []
     for scene in scenes:
@@ -149,7 +150,7 @@ def _cell(selector: str, keep_ratio: float, scenes: Sequence[Scene], answers: Se
 
 
 def _side_by_side(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, scenes: Sequence[Scene], config: GripConfig
+    model: Any, processor: LlavaProcessor, scenes: Sequence[Scene], config: GripConfig
 ) -> tuple[list[Row], Image.Image]:
     """The table, and a picture of each scene beside what was kept for its first questions of different families."""
     rows, sheet = [], []

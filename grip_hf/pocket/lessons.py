@@ -2,21 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from grip_hf.pocket.dense import NAMED, TOKENS, DenseHeads, dense_labels
+from grip_hf.pocket.guidance import LAYER, guidance_loss
 from grip_hf.pocket.packing import IGNORE, PREFIX, Packed, pack
 from grip_hf.pocket.questions import FAMILIES
 from grip_hf.pocket.scenes import Scene, make_scene
 from grip_hf.pocket.vocabulary import vocabulary
 
-GROUNDED_LAYER, GROUNDED_HEADS = 1, 2
 WORD_IDS = {token: i for i, token in enumerate(vocabulary())}
 
 
@@ -92,21 +92,21 @@ class PocketTrainer(nn.Module):
     def answer_loss(
         self, tokens: torch.Tensor, packed: Packed, keep: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Cross-entropy of the answers plus the grounding loss of two attention heads."""
+        """Cross-entropy of the answers plus the guidance of `guidance_loss`."""
         kept = _kept(packed, keep)
-        logits, ground = self.speak(tokens, packed, kept)
+        logits, guidance = self.speak(tokens, packed, kept)
         asked = packed.labels != IGNORE
         target = packed.labels[asked]
         answers = F.cross_entropy(logits[asked].float(), target)
         hit = (logits[asked].argmax(-1) == target).float().mean()
-        return answers + self.grounding * ground, {"answers": answers, "ground": ground, "hit": hit}
+        return answers + self.guidance * guidance, {"answers": answers, "guidance": guidance, "hit": hit}
 
-    grounding = 1.0
+    guidance = 1.0  # weight of the guidance loss
 
     def speak(
         self, tokens: torch.Tensor, packed: Packed, kept: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits `[B, T, V]` at the question tokens, and the grounding loss of `GROUNDED_LAYER`.
+        """Logits `[B, T, V]` at the question tokens, and the guidance loss.
 
         Args:
             tokens: Projected visual tokens `[B, 144, D]`.
@@ -126,10 +126,9 @@ class PocketTrainer(nn.Module):
         embed = language.embed_tokens
         start = embed(torch.full((batch, 1), WORD_IDS["<s>"], device=tokens.device))
         states = torch.cat([start, tokens.to(start.dtype), embed(packed.ids)], 1)
-        caught: dict = {}
-        attention = language.layers[GROUNDED_LAYER].self_attn
-        hook = attention.register_forward_pre_hook(lambda _, args, kw: caught.update(kw), with_kwargs=True)
-        with hook:
+        attention: Any = language.layers[LAYER].self_attn
+        caught: dict[str, Any] = {}
+        with attention.register_forward_pre_hook(lambda _, args, kwargs: caught.update(kwargs), with_kwargs=True):
             out = language(
                 inputs_embeds=states,
                 attention_mask=mask,
@@ -137,7 +136,7 @@ class PocketTrainer(nn.Module):
                 use_cache=False,
             ).last_hidden_state
         logits = self.model.lm_head(out[:, places.shape[1] :])
-        return logits, _grounding_loss(attention, caught, looks)
+        return logits, guidance_loss(attention, caught, looks, packed.tallied)
 
 
 def _kept(packed: Packed, keep: float) -> torch.Tensor | None:
@@ -148,20 +147,6 @@ def _kept(packed: Packed, keep: float) -> torch.Tensor | None:
     count = max(round(keep * TOKENS), int(needed.sum(-1).max()))
     order = torch.rand(needed.shape) + needed
     return order.topk(count, dim=-1).indices.sort(-1).values
-
-
-def _grounding_loss(attention: LlamaAttention, caught: dict, looks: torch.Tensor) -> torch.Tensor:
-    """Negative log of the share of picture attention that falls on the evidence, for the first heads of a layer."""
-    hidden, (cos, sin) = caught["hidden_states"], caught["position_embeddings"]
-    images = looks.shape[-1]
-    shape = (*hidden.shape[:2], -1, attention.head_dim)
-    queries = attention.q_proj(hidden).view(shape)[:, :, :GROUNDED_HEADS].transpose(1, 2)
-    keys = attention.k_proj(hidden).view(shape)[:, :, :GROUNDED_HEADS].transpose(1, 2)
-    queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
-    scores = queries[:, :, 1 + images :] @ keys[:, :, 1 : 1 + images].transpose(-1, -2) * attention.scaling
-    share = scores.float().log_softmax(-1).masked_fill(~looks[:, None], -torch.inf).logsumexp(-1)
-    known = looks.any(-1)[:, None].expand_as(share)
-    return -share[known].mean()
 
 
 @torch.no_grad()

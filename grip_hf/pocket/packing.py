@@ -11,6 +11,7 @@ from grip_hf.pocket.questions import Question
 
 PREFIX = 1 + TOKENS  # <s> and the visual tokens
 IGNORE = -100
+TALLIED = ("presence", "count")  # families whose last word looks at the middle of every object of its kind
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Packed:
         positions: Position ids `[B, T]`.
         segment: Index of the question a token belongs to `[B, T]`, -1 at padding.
         looks: Evidence for grounding `[B, T, 144]` bool; all False where nothing is known.
+        tallied: Words whose `looks` are all there is of their kind, none included `[B, T]` bool: these teach counting.
     """
 
     ids: torch.Tensor
@@ -30,6 +32,7 @@ class Packed:
     positions: torch.Tensor
     segment: torch.Tensor
     looks: torch.Tensor
+    tallied: torch.Tensor
 
     def attention_mask(self) -> torch.Tensor:
         """Who may see whom, bool `[B, 1, 145 + T, 145 + T]`."""
@@ -52,6 +55,7 @@ def pack(questions: Sequence[Sequence[Question]], ids: dict[str, int]) -> Packed
     batch, length = len(rows), max(sum(len(tokens) for _, tokens in row) for row in rows)
     packed, labels, positions = (np.full((batch, length), fill) for fill in (0, IGNORE, 0))
     segment, looks = np.full((batch, length), -1), np.zeros((batch, length, TOKENS), dtype=bool)
+    tallied = np.zeros((batch, length), dtype=bool)
     for b, row in enumerate(rows):
         start = 0
         for s, (question, tokens) in enumerate(row):
@@ -59,7 +63,8 @@ def pack(questions: Sequence[Sequence[Question]], ids: dict[str, int]) -> Packed
             packed[b, start:end], segment[b, start:end] = tokens, s
             positions[b, start:end] = PREFIX + np.arange(len(tokens))
             labels[b, start + asked - 1 : end - 1] = tokens[asked:]
+            tallied[b, start + asked - 1] = question.family in TALLIED
             for at, where in question.looks:
                 looks[b, start + at, list(where)] = True
             start = end
-    return Packed(*(torch.from_numpy(array) for array in (packed, labels, positions, segment, looks)))
+    return Packed(*(torch.from_numpy(array) for array in (packed, labels, positions, segment, looks, tallied)))

@@ -111,7 +111,7 @@ class Course:
         for step, lesson in enumerate(bar, start):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak)
-            self.trainer.grounding = 1.0 if step < steps // 2 else 0.3
+            self.trainer.guidance = 1.0 if step < steps // 2 else 0.3
             keep = 1.0 if stage == "see" or step % 3 else float(torch.rand(()) * 0.7 + 0.3)
             for name, value in self._step(lesson, stage, keep).items():
                 mean[name] = 0.98 * mean.get(name, value.item()) + 0.02 * value.item()
