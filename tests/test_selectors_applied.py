@@ -1,5 +1,8 @@
 """Selectors on a real (tiny) model, through `apply_grip`."""
 
+import copy
+import io
+
 import pytest
 import tiny
 import torch
@@ -123,3 +126,32 @@ def test_other_families(family, name):
     single = [kept(model, tiny.make_inputs(family, [prompt]))[0] for prompt in PROMPTS]
     assert kept(model, tiny.make_inputs(family, PROMPTS)) == single
     assert all(0 < len(tokens) == len(set(tokens)) for tokens in single)
+
+
+def test_a_tapped_model_can_be_copied_and_pickled():
+    model = apply(tiny.build("llava"), "cls_attention", num_tokens=6)
+    inputs = tiny.make_inputs("llava", PROMPTS)
+    file = io.BytesIO()
+    torch.save(model, file)  # before the first call, which leaves hooks of transformers that cannot be pickled
+    file.seek(0)
+    before = kept(model, inputs)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert kept(twin, inputs) == before
+        attention = [module for module in twin.model.vision_tower.modules() if hasattr(module, "q_proj")][-1]
+        attention.k_proj.weight.data.neg_()
+        assert kept(twin, inputs) != before and kept(model, inputs) == before
+
+
+def test_selectors_that_share_a_tap_do_not_disturb_each_other():
+    model = tiny.build("llava")
+    inputs = tiny.make_inputs("llava", PROMPTS)
+    apply(model, "vispruner", num_tokens=6)
+    alone = kept(model, inputs)
+    handles = get_selector("cls_attention").prepare(model) + get_selector("hiprune").prepare(model)
+    assert kept(model, inputs) == alone
+    remove_grip(model)
+    apply(model, "vispruner", num_tokens=6)
+    assert kept(model, inputs) == alone
+    for handle in handles:
+        handle.remove()
+    assert kept(model, inputs) == alone

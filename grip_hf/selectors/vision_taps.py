@@ -96,6 +96,36 @@ def tap_name(feature: str, layer: Layer) -> str:
     return f"vision.{feature}" if layer is None else f"vision.{feature}.{layer}"
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionTap:
+    """The hook of one attention module; a class, so that a patched model can be copied and pickled.
+
+    Attributes:
+        tower: Facts of the tower.
+        keep_prefix: Whether its prefix tokens are visual tokens.
+        features: Names of methods of `Attended`.
+        layer: The layer, as the selector named it.
+    """
+
+    tower: Tower
+    keep_prefix: bool
+    features: tuple[str, ...]
+    layer: Layer
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Publish the features of this call."""
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        attended = Attended(module, hidden, self.tower, self.keep_prefix)
+        # Two selectors may tap the same feature of the same model: the first hook to run publishes it for both.
+        published = hidden.__dict__.setdefault("grip_published", set())
+        for feature in self.features:
+            name = tap_name(feature, self.layer)
+            if name not in published:
+                published.add(name)
+                publish(name, attended.per_token(getattr(attended, feature)()))
+
+
 def tap_vision(model: nn.Module, who: str, features: Sequence[str], layer: Layer = None) -> list[RemovableHandle]:
     """Publish features of one attention layer of the vision tower whenever it runs.
 
@@ -119,21 +149,8 @@ def tap_vision(model: nn.Module, who: str, features: Sequence[str], layer: Layer
         index = int(layer * len(modules)) if isinstance(layer, float) else layer
     if not -len(modules) <= index < len(modules):
         raise UnsupportedModelError(f"layer must be in [-{len(modules)}, {len(modules)}) for this tower, got {layer}")
-    keep_prefix = config.vision_feature_select_strategy == "full"
-
-    @torch.no_grad()
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        attended = Attended(module, hidden, tower, keep_prefix)
-        # Two selectors may tap the same feature of the same model: the first hook to run publishes it for both.
-        published = hidden.__dict__.setdefault("grip_published", set())
-        for feature in features:
-            name = tap_name(feature, layer)
-            if name not in published:
-                published.add(name)
-                publish(name, attended.per_token(getattr(attended, feature)()))
-
-    return [modules[index].register_forward_hook(hook, with_kwargs=True)]
+    tap = AttentionTap(tower, config.vision_feature_select_strategy == "full", tuple(features), layer)
+    return [modules[index].register_forward_hook(tap, with_kwargs=True)]
 
 
 def find_tower(model: nn.Module, who: str) -> tuple[list[nn.Module], Tower, Any]:
