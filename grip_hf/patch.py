@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import taps
 from .architectures import Parts, find_parts, unwrap
+from .attached import CONFIG_FILE, attached_folder
 from .boundary import Boundary
 from .budgets import Budget, current, override
 from .cache import CacheState, state_of
@@ -19,8 +20,6 @@ from .config import GripConfig
 from .errors import CacheError, ConfigError, ScorerError, UnsupportedModelError
 
 __all__ = ["GripHandle", "apply_grip", "remove_grip", "taps"]
-
-CONFIG_FILE = "grip_config.json"
 
 
 class GripHandle:
@@ -107,7 +106,7 @@ def apply_grip(
     Args:
         model: a transformers vision-language model for conditional generation, also one wrapped by PEFT.
         config_or_scorer_or_repo: a `GripConfig` (or dict of its settings), a `GripScorer`, or the directory or Hub id
-            of a saved scorer. None takes the settings that a pruned checkpoint holds in `model.config.grip`, if any.
+            of a saved scorer. None takes the GRIP part of the checkpoint that the model came from, if any.
         selector: a selector's name, or any callable from `VisualBatch` to scores [G, N]. Overrides the config's.
         **overrides: settings of `GripConfig` to change, such as `keep_ratio=0.25`.
 
@@ -164,19 +163,23 @@ def _resolve(
     parts: Parts, source: Any, selector: Any, overrides: dict[str, Any]
 ) -> tuple[GripConfig, nn.Module | None]:
     """The settings and the scorer that the arguments of `apply_grip` ask for."""
-    scorer: nn.Module | None = None
+    if isinstance(selector, str):
+        overrides = {**overrides, "selector": selector}
+    elif selector is not None and not callable(selector):
+        raise ConfigError(f"selector must be a name or a callable, got {selector!r}")
+    GripConfig.check_names(overrides)
+    source = GripConfig.from_dict(source) if isinstance(source, Mapping) else source
+    named = overrides.get("selector", source.selector if isinstance(source, GripConfig) else "grip")
+    learned = named == "grip" and not callable(selector)
+    attached = attached_folder(parts.owner) if learned else None
     config: GripConfig | None = None
-    if source is None and not overrides:
-        source = getattr(parts.owner.config, "grip", None)
-        if source is None:
-            raise ConfigError(
-                "apply_grip(model) needs a budget: give a GripConfig, a scorer or its directory, or keep_ratio=... or "
-                "num_tokens=...; this model's own config has no 'grip' entry"
-            )
-    if isinstance(source, GripConfig):
+    scorer: nn.Module | None = None
+    if source is None and attached is not None:
+        config, scorer = _load(attached)
+    elif isinstance(source, GripConfig):
         config = source
-    elif isinstance(source, Mapping):
-        config = GripConfig.from_dict(source)
+        if attached is not None and "scorer" not in config.selector_kwargs:
+            scorer = _load(attached)[1]
     elif isinstance(source, nn.Module):
         scorer = source
     elif isinstance(source, (str, os.PathLike)):
@@ -185,11 +188,11 @@ def _resolve(
         raise ConfigError(
             f"expected a GripConfig, a GripScorer, or the directory or Hub id of one, got {type(source).__name__}"
         )
-    if isinstance(selector, str):
-        overrides = {**overrides, "selector": selector}
-    elif selector is not None and not callable(selector):
-        raise ConfigError(f"selector must be a name or a callable, got {selector!r}")
-    GripConfig.check_names(overrides)
+    elif not overrides:
+        raise ConfigError(
+            "apply_grip(model) needs a budget: give a GripConfig, a scorer or its directory, or keep_ratio=... or "
+            "num_tokens=...; the checkpoint of this model has no GRIP part"
+        )
     return (GripConfig(**overrides) if config is None else config.replace(**overrides)), scorer
 
 

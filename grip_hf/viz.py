@@ -59,9 +59,10 @@ def contact_sheet(rows: Sequence[Sequence[tuple[Image.Image, str]]], margin: int
     if not rows or not all(rows):
         raise ValueError("rows must hold at least one picture each")
     width, height = rows[0][0][0].size
-    font = ImageFont.load_default(size=max(11, width // 18))
+    letter = max(11, width // 18)
+    font = ImageFont.load_default(size=letter)
     lines = max(caption.count("\n") + 1 for row in rows for _, caption in row)
-    step_x, step_y = width + margin, height + margin + lines * (int(font.size) + 5)
+    step_x, step_y = width + margin, height + margin + lines * (letter + 5)
     sheet = Image.new("RGB", (max(map(len, rows)) * step_x + margin, len(rows) * step_y + margin), PAPER)
     draw = ImageDraw.Draw(sheet)
     for r, row in enumerate(rows):

@@ -254,10 +254,19 @@ def test_handle_round_trip(model, inputs, tmp_path):
     assert apply_grip(model, plain).grip.config == GripConfig(keep_ratio=0.5, selector="grid")
 
 
-def test_settings_in_the_model_config_are_found(model, inputs):
-    model.config.grip = {"num_tokens": 3, "selector": "grid"}
-    apply_grip(model)
-    assert [len(kept) for kept in model.grip.kept_tokens(model(**inputs))] == [3, 3, 0]
+def test_the_grip_part_of_a_checkpoint_is_found(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path)
+    apply_grip(model, tiny_scorer(), num_tokens=3)
+    logits = model(**inputs).logits
+    model.grip.save_pretrained(tmp_path / "grip")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(apply_grip(again)(**inputs).logits, logits)
+    assert again.grip.config == GripConfig(num_tokens=3)
+    apply_grip(again, num_tokens=5)
+    assert again.grip.scorer is not None and again.grip.config == GripConfig(num_tokens=5)
+    assert apply_grip(again, GripConfig(keep_ratio=0.5)).grip.scorer is not None
+    assert apply_grip(again, keep_ratio=0.5, selector="grid").grip.scorer is None
+    assert apply_grip(again, keep_ratio=0.5, selector=select_by_content).grip.scorer is None
 
 
 def test_peft_before_and_after(model, inputs):
