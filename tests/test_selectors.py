@@ -12,7 +12,7 @@ from grip_hf.scorer import GripScorer, GripScorerConfig
 from grip_hf.selection import topk_mask
 from grip_hf.selectors import SELECTORS, Selector, get_selector, register
 from grip_hf.selectors.random import mix
-from grip_hf.selectors.vision_taps import attention_received
+from grip_hf.selectors.vision_towers import attention_received, real_keys
 
 
 def build(name):
@@ -172,15 +172,28 @@ def test_diversity_keeps_no_duplicates():
 @pytest.mark.parametrize("queries", [1, 600])
 def test_attention_received_equals_plain_softmax(queries):
     rng = torch.Generator().manual_seed(0)
-    query, key = torch.randn(2, queries, 8, generator=rng), torch.randn(2, 7, 8, generator=rng)
-    found = attention_received(query, key, heads=2, scale=0.5)
+    query, key = torch.randn(2, queries, 2, 4, generator=rng), torch.randn(2, 7, 2, 4, generator=rng)
+    found = attention_received(query, key, scale=0.5)
     for b in range(2):
         weights = torch.zeros(7)
-        for head in (slice(0, 4), slice(4, 8)):
+        for head in (0, 1):
             for q in query[b, :, head]:
                 logits = [math.exp(0.5 * float(q @ k)) for k in key[b, :, head]]
                 weights += torch.tensor(logits) / sum(logits)
         torch.testing.assert_close(found[b], weights / (2 * queries), atol=1e-5, rtol=1e-4)
+
+
+def test_attention_received_leaves_padding_out():
+    rng = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 7, 2, 4, generator=rng), torch.randn(2, 7, 2, 4, generator=rng)
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    found = attention_received(query, key, 0.5, mask)
+    torch.testing.assert_close(found[1, :4], attention_received(query[1:, :4], key[1:, :4], 0.5)[0])
+    assert found[1, 4:].eq(0).all() and torch.equal(found[:1], attention_received(query[:1], key[:1], 0.5))
+    added = torch.zeros(2, 1, 7, 7).masked_fill(~mask[:, None, None], -1e30)
+    for form in (mask, mask.long(), mask[:, None, None].expand(2, 1, 7, 7), added):
+        assert torch.equal(real_keys(form), mask)
+    assert real_keys(None) is None
 
 
 def test_grip_hands_budget_and_question_to_the_scorer():

@@ -7,11 +7,13 @@ import pytest
 import tiny
 import torch
 from transformers import SiglipVisionConfig
+from transformers.vision_utils import get_vision_window_index
 
 from grip_hf import GripScorer, apply_grip, remove_grip
 from grip_hf.errors import ScorerError, UnsupportedModelError
 from grip_hf.scorer import GripScorerConfig
 from grip_hf.selectors import SELECTORS, get_selector
+from grip_hf.selectors.vision_towers import window_order
 
 PROMPTS = [[3, tiny.IMAGE, 4], [tiny.IMAGE, 2, tiny.IMAGE, 3, 5]]
 
@@ -99,9 +101,81 @@ def test_a_tower_without_cls_gives_the_mean_over_all_queries():
     assert kept(model, inputs) == [expected]
 
 
+def maps_of(tower, monkeypatch, run):
+    """Attention maps of every softmax that the eager tower computes, in order."""
+    maps, plain = [], torch.nn.functional.softmax
+
+    def spy(logits, *args, **kwargs):
+        maps.append(plain(logits, *args, **kwargs))
+        return maps[-1]
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        handles = [
+            tower.register_forward_pre_hook(lambda *_: patch.setattr(torch.nn.functional, "softmax", spy)),
+            tower.register_forward_hook(lambda *_: patch.undo()),
+        ]
+        run()
+        for handle in handles:
+            handle.remove()
+    return maps
+
+
+def pooled(values, side):
+    """Means over 2 x 2 patches of a side x side grid, in raster order."""
+    return [
+        sum(float(values[(2 * r + i) * side + 2 * c + j]) for i in (0, 1) for j in (0, 1)) / 4
+        for r in range(side // 2)
+        for c in range(side // 2)
+    ]
+
+
+def expected_salience(family, model, inputs, monkeypatch):
+    """Attention that each visual token gets in the last layer, from the maps of the eager tower."""
+    tower = getattr(model.model, {"smolvlm": "vision_model", "idefics3": "vision_model"}.get(family, "visual"), None)
+    tower = model.model.vision_tower if tower is None else tower
+    maps = maps_of(tower, monkeypatch, lambda: model(**inputs))
+    if family == "internvl":
+        return [value for one in maps[-1] for value in pooled(one[:, 0, 1:].mean(0), 4)]
+    if family in ("smolvlm", "idefics3"):
+        return [value for one in maps[-1] for value in pooled(one.mean((0, 1)), 4)]
+    pictures = len(inputs["image_grid_thw"])
+    patches = torch.cat([one.shape[-1] * one[0].mean((0, 1)) for one in maps[-pictures:]])
+    tokens = patches.reshape(-1, 4).mean(1)
+    if family == "qwen2_5_vl":
+        order, _ = get_vision_window_index(inputs["image_grid_thw"], 2, tower.window_size, tower.patch_size)
+        tokens = tokens[order.argsort()]
+    return tokens.tolist()
+
+
+@pytest.mark.parametrize("family", ["internvl", "smolvlm", "idefics3", "qwen2_vl", "qwen2_5_vl"])
+def test_cls_attention_of_other_families(family, monkeypatch):
+    inputs = tiny.make_inputs(family, PROMPTS)
+    expected = expected_salience(family, tiny.build(family, "eager"), inputs, monkeypatch)
+    model, seen = tiny.build(family), []
+
+    class Spy(SELECTORS["cls_attention"]):
+        name = "cls_attention"
+
+        def __call__(self, batch):
+            seen.append(batch.taps["vision.salience"][batch.mask])
+            return super().__call__(batch)
+
+    apply_grip(model, selector=Spy(), keep_ratio=0.5)
+    together = kept(model, inputs)
+    torch.testing.assert_close(seen[0], torch.tensor(expected), atol=1e-5, rtol=1e-3)
+    assert together == [kept(model, tiny.make_inputs(family, [prompt]))[0] for prompt in PROMPTS]
+
+
+def test_windows_are_undone_as_upstream_makes_them():
+    grid = torch.tensor([[1, 12, 20], [2, 6, 4], [1, 16, 16]])
+    for window in (2, 3, 4):
+        upstream, _ = get_vision_window_index(grid, 2, window * 2 * 14, 14)
+        assert torch.equal(window_order(grid, 2, window), upstream)
+
+
 def test_cls_attention_refuses_what_it_cannot_tap():
-    model = tiny.build("qwen2_vl")
-    with pytest.raises(UnsupportedModelError, match=r"'cls_attention' needs a vision tower .* 'qwen2_vl' model"):
+    model = tiny.build("llava_next")
+    with pytest.raises(UnsupportedModelError, match=r"'cls_attention' needs .* this 'llava_next' model"):
         apply(model, "cls_attention", num_tokens=6)
     llava = tiny.build("llava")
     with pytest.raises(UnsupportedModelError, match=r"layer must be in \[-2, 2\) for this tower, got 7"):
