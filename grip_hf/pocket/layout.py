@@ -80,7 +80,7 @@ def draw_layout(rng: np.random.Generator, split: str) -> tuple[Item, ...]:
         split: "train" (no held-out word or pair) or "test" (held-out words only, at least one held-out pair).
     """
     total = int(rng.integers(6, 10))
-    copies = int(rng.integers(1, 5)) if rng.random() < 0.7 else 1
+    copies = int(rng.integers(1, 5))
     names = _draw_categories(rng, total - copies + 1, split)
     repeated = names[int(rng.integers(len(names)))]
     names = names + [repeated] * (copies - 1)

@@ -15,7 +15,7 @@ from grip_hf.pocket.guidance import LAYER, guidance_loss
 from grip_hf.pocket.packing import IGNORE, PREFIX, Packed, pack
 from grip_hf.pocket.questions import FAMILIES
 from grip_hf.pocket.scenes import Scene, make_scene
-from grip_hf.pocket.vocabulary import vocabulary
+from grip_hf.pocket.vocabulary import NUMBERS, vocabulary
 
 WORD_IDS = {token: i for i, token in enumerate(vocabulary())}
 
@@ -56,9 +56,14 @@ class PocketTrainer(nn.Module):
         model: The pocket LLaVA.
     """
 
+    worth: torch.Tensor
+
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
+        worth = torch.ones(len(WORD_IDS))
+        worth[[WORD_IDS[number] for number in NUMBERS]] = 4.0  # counting is what it is slowest to learn
+        self.register_buffer("worth", worth, persistent=False)
         word_ids = {name: [WORD_IDS[word] for word in words] for name, words in NAMED.items()}
         language, tower = model.model.language_model, model.model.vision_tower
         self.heads = DenseHeads(word_ids, language.config.hidden_size, tower.config.hidden_size)
@@ -97,7 +102,7 @@ class PocketTrainer(nn.Module):
         logits, guidance = self.speak(tokens, packed, kept)
         asked = packed.labels != IGNORE
         target = packed.labels[asked]
-        answers = F.cross_entropy(logits[asked].float(), target)
+        answers = F.cross_entropy(logits[asked].float(), target, weight=self.worth)
         hit = (logits[asked].argmax(-1) == target).float().mean()
         return answers + self.guidance * guidance, {"answers": answers, "guidance": guidance, "hit": hit}
 
