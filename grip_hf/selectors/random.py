@@ -24,7 +24,9 @@ class RandomSelector(Selector):
     def __call__(self, batch: VisualBatch) -> Tensor:
         """Return scores [G, N] in [0, 1)."""
         prints, within = fingerprints(batch.tokens, batch.mask, batch.image_index)
-        bits = mix(mix(prints + self.seed * _GOLDEN) + within * _GOLDEN)
+        # As a tensor, because the product wraps around 64 bits.
+        seed = torch.full_like(prints, self.seed)
+        bits = mix(mix(prints + seed * _GOLDEN) + within * _GOLDEN)
         return _shift(bits, 40).float() / 2**24
 
 
