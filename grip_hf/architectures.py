@@ -6,112 +6,47 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import layout
 from .errors import UnsupportedModelError
+from .scenes import (
+    Layout,
+    fixed_grid,
+    frames,
+    joined_rows,
+    joined_tiles,
+    latents,
+    line,
+    marked_tiles,
+    newline_rows,
+    rotary_grid,
+    started_tiles,
+    tiles_in_run,
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """One call as the layout of a family sees it.
-
-    Attributes:
-        visual: [B, L] bool, the visual tokens.
-        input_ids: [B, L] long, or None if the caller gave embeddings.
-        embeds: [B, L, D] what enters the language model.
-        position_ids: as given to the language model, last dims [B or 1, L], or None.
-        base: the multimodal base model.
-    """
-
-    visual: Tensor
-    input_ids: Tensor | None
-    embeds: Tensor
-    position_ids: Tensor | None
-    base: nn.Module
-
-    @property
-    def config(self) -> Any:
-        """The config of the base model."""
-        return self.base.config
+def _side(size: Any) -> int:
+    return size[0] if isinstance(size, (list, tuple)) else size
 
 
-Layout = Callable[[Scene], tuple[Tensor, Tensor]]
+def square(config: Any) -> int:
+    """Patches of one picture of the vision tower."""
+    return (_side(config.vision_config.image_size) // _side(config.vision_config.patch_size)) ** 2
 
 
-def _square(config: Any) -> int:
-    """Patches of one square picture of the vision tower."""
-    sizes = config.vision_config.image_size, config.vision_config.patch_size
-    image, patch = (size[0] if isinstance(size, (list, tuple)) else size for size in sizes)
-    return (image // patch) ** 2
+def square_and_cls(config: Any) -> int:
+    """Patches of one picture, and its [CLS] token if the config keeps it."""
+    return square(config) + (getattr(config, "vision_feature_select_strategy", "default") == "full")
 
 
-def fixed_grid(scene: Scene) -> tuple[Tensor, Tensor]:
-    """Every image has the same square number of tokens, perhaps with a leading [CLS]."""
-    config = scene.config
-    tokens = _square(config) + (getattr(config, "vision_feature_select_strategy", "default") == "full")
-    order = layout.ordinals(scene.visual)
-    return order.div(tokens, rounding_mode="floor"), layout.grid_positions(order % tokens, tokens)
+def pooled(name: str) -> Callable[[Any], int]:
+    """Patches of one picture, `config.name` x `config.name` of which make one token."""
+    return lambda config: square(config) // getattr(config, name) ** 2
 
 
-def tiles_in_run(scene: Scene) -> tuple[Tensor, Tensor]:
-    """One unbroken run per image, cut into square tiles of equal size (InternVL)."""
-    config = scene.config
-    tokens = int(_square(config) * config.downsample_ratio**2)
-    within = layout.within_run(scene.visual) % tokens
-    return layout.run_index(scene.visual), layout.grid_positions(within, tokens)
-
-
-def marked_tiles(scene: Scene) -> tuple[Tensor, Tensor]:
-    """One unbroken run per tile, each after a marker token such as <row_1_col_2> (Idefics3, SmolVLM).
-
-    A new image starts at a marker that the image at hand has already had. Without token ids each tile is an image.
-    """
-    config = scene.config
-    tokens = _square(config) // config.scale_factor**2
-    run, within = layout.run_index(scene.visual), layout.within_run(scene.visual)
-    image = run
-    if scene.input_ids is not None:
-        markers = torch.nn.functional.pad(scene.input_ids, (1, -1), value=-1)
-        starts = scene.visual & (within == 0)
-        first_runs = torch.zeros_like(starts)
-        for row, columns in enumerate(starts):
-            seen: set[int] = set()
-            for column in columns.nonzero().flatten().tolist():
-                marker = int(markers[row, column])
-                if marker in seen or not seen:
-                    first_runs[row, column] = True
-                    seen = set()
-                seen.add(marker)
-        image = first_runs.long().cumsum(1) - 1
-    return image, layout.grid_positions(within % tokens, tokens)
-
-
-def newline_rows(scene: Scene) -> tuple[Tensor, Tensor]:
-    """A base picture, then a grid whose rows end with a learned newline embedding (LLaVA-NeXT, LLaVA-OneVision)."""
-    newline: Tensor = scene.base.image_newline  # type: ignore[assignment]
-    ends = (scene.embeds == newline.to(scene.embeds)).all(-1) & scene.visual
-    return layout.newline_coordinates(scene.visual, ends, _square(scene.config))
-
-
-def rotary_grid(scene: Scene) -> tuple[Tensor, Tensor]:
-    """Rows and columns are the last two kinds of M-RoPE positions (Qwen2-VL and its relatives).
-
-    Within a run, a picture keeps its temporal position and a video moves it on: a change starts a new image only at
-    picture tokens.
-    """
-    positions = scene.position_ids
-    if positions is None or positions.ndim < 3:
-        within = layout.within_run(scene.visual)
-        return layout.run_index(scene.visual), layout.scaled_positions(
-            torch.stack([within, torch.zeros_like(within)], -1), layout.run_index(scene.visual), scene.visual
-        )
-    time, rows, columns = positions[-3:].expand(3, *scene.visual.shape)
-    if scene.input_ids is not None:
-        time = time.masked_fill(scene.input_ids == getattr(scene.config, "video_token_id", -1), 0)
-    image = layout.changes(time, scene.visual)
-    return image, layout.scaled_positions(torch.stack([rows, columns], -1), image, scene.visual)
+def setting(name: str) -> Callable[[Any], int]:
+    """The number that the config gives as `name`."""
+    return lambda config: getattr(config, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,28 +55,47 @@ class Family:
 
     Attributes:
         layout: gives (image [B, L] long, positions [B, L, 2] float) of the visual tokens of a call.
+        tile: gives the number of tokens of one picture or tile from the config, where it is fixed.
         language_model: attribute of the base model that is the language model.
         token_ids: config attributes that hold the ids of the placeholder tokens of pictures and videos.
         mrope: True if positions have several kinds, so that they cannot be made compact.
     """
 
     layout: Layout
+    tile: Callable[[Any], int] = lambda config: 0
     language_model: str = "language_model"
     token_ids: tuple[str, ...] = ("image_token_id",)
     mrope: bool = False
 
 
-IMAGE_AND_VIDEO = ("image_token_id", "video_token_id")
+BOTH = ("image_token_id", "video_token_id")
 
 FAMILIES: dict[str, Family] = {
-    "llava": Family(fixed_grid),
-    "llava_next": Family(newline_rows),
-    "llava_onevision": Family(newline_rows, token_ids=IMAGE_AND_VIDEO),
-    "qwen2_vl": Family(rotary_grid, token_ids=IMAGE_AND_VIDEO, mrope=True),
-    "qwen2_5_vl": Family(rotary_grid, token_ids=IMAGE_AND_VIDEO, mrope=True),
-    "internvl": Family(tiles_in_run),
-    "smolvlm": Family(marked_tiles, language_model="text_model"),
-    "idefics3": Family(marked_tiles, language_model="text_model"),
+    "aria": Family(latents),
+    "aya_vision": Family(marked_tiles, pooled("downsample_factor")),
+    "cohere2_vision": Family(joined_tiles, pooled("downsample_factor")),
+    "deepseek_vl": Family(fixed_grid, square),
+    "gemma3": Family(tiles_in_run, setting("mm_tokens_per_image")),
+    "gemma4": Family(line, token_ids=BOTH),
+    "glm4v": Family(rotary_grid, token_ids=BOTH, mrope=True),
+    "idefics2": Family(latents, language_model="text_model"),
+    "idefics3": Family(marked_tiles, pooled("scale_factor"), language_model="text_model"),
+    "internvl": Family(tiles_in_run, lambda config: int(square(config) * config.downsample_ratio**2)),
+    "janus": Family(fixed_grid, square),
+    "llava": Family(fixed_grid, square_and_cls),
+    "llava_next": Family(newline_rows, square),
+    "llava_next_video": Family(newline_rows, square, token_ids=BOTH),
+    "llava_onevision": Family(newline_rows, square, token_ids=BOTH),
+    "mistral3": Family(joined_rows),
+    "ovis2": Family(started_tiles, lambda config: square(config) // config.vision_config.hidden_stride**2),
+    "paligemma": Family(fixed_grid, square),
+    "qwen2_5_vl": Family(rotary_grid, token_ids=BOTH, mrope=True),
+    "qwen2_vl": Family(rotary_grid, token_ids=BOTH, mrope=True),
+    "qwen3_vl": Family(rotary_grid, token_ids=BOTH, mrope=True),
+    "qwen3_vl_moe": Family(rotary_grid, token_ids=BOTH, mrope=True),
+    "smolvlm": Family(marked_tiles, pooled("scale_factor"), language_model="text_model"),
+    "video_llava": Family(frames, square_and_cls, token_ids=BOTH),
+    "vipllava": Family(fixed_grid, square),
 }
 
 

@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from . import taps
-from .architectures import Parts, Scene
+from .architectures import Parts
+from .attention import Step, needs_windows
 from .budgets import Budget
 from .cache import CacheState, PrunedCache, physical_length, set_state, state_of
 from .calls import Call, calls, prompt_text, taps_of
 from .choose import Score, choose
 from .errors import GripError
-from .inputs import Step, decode_inputs, prune_inputs, real_tokens
+from .inputs import decode_inputs, prune_inputs, real_tokens
 from .masks import KeyMap
 from .pruning import Plan, expand, identity_plan, make_plan, source_slots
+from .scenes import Scene
 
 
 @dataclasses.dataclass(eq=False)
@@ -79,7 +81,8 @@ class Boundary:
         outputs = [one for one in encoded.values() if one is not None] if isinstance(encoded, dict) else []
         if not outputs:
             taps.clear()  # the pictures of this call are encoded within it
-        calls.running[id(self)] = Call(input_ids, embeds, outputs, calls.labels.pop(id(self), None))
+        mask, labels = kwargs.get("attention_mask"), calls.labels.pop(id(self), None)
+        calls.running[id(self)] = Call(input_ids, embeds, mask, outputs, labels)
 
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forget the call, also after an exception."""
@@ -94,14 +97,13 @@ class Boundary:
         if call is None:
             if cache is None or state is None or state.trivial or embeds is None:
                 return None
-            mask = kwargs.get("attention_mask")
-            if embeds.shape[1] == 1 and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
+            if embeds.shape[1] == 1 and self._decodes_simply(kwargs.get("attention_mask"), module, cache, state):
                 kwargs = decode_inputs(kwargs, cache, state)
                 cache.grip_inside = True
                 return args, kwargs
         if args or embeds is None:
             raise GripError("cannot prune: the language model was called without inputs_embeds=...")
-        call = call if call is not None else Call(None, embeds, [])
+        call = call if call is not None else Call(None, embeds, None, [])
         plan, call.state, call.step = self._plan(call, kwargs, state)
         if plan is None:
             return None
@@ -110,6 +112,17 @@ class Boundary:
         if isinstance(cache, PrunedCache):
             cache.grip_inside = True
         return args, kwargs
+
+    def _decodes_simply(self, mask: Any, module: nn.Module, cache: Any, state: CacheState) -> bool:
+        """Whether one more token needs no masks of its own."""
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            return False
+        config: Any = module.config
+        if getattr(config, "sliding_window", None) is None:
+            return True
+        # Far enough behind the dropped positions, a window holds only what is contiguous.
+        behind = physical_length(cache) - state.index.shape[1]
+        return bool(behind >= config.sliding_window) or not needs_windows(config, state.visual.shape[1] + behind + 1)
 
     def after_language_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -148,7 +161,8 @@ class Boundary:
         seen = bool(visual.any())
         if not seen and (state is None or state.trivial):
             return None, None, None
-        real = real_tokens(kwargs.get("attention_mask"), past_logical, visual)
+        mask = kwargs.get("attention_mask") if call.attention_mask is None else call.attention_mask
+        real = real_tokens(mask, past_logical, visual)
         stays = self._stays(call, kwargs, visual, real) if seen else None
         keep = torch.ones_like(visual) if stays is None else real & (~visual | stays)
         plan = identity_plan(batch, length, embeds.device) if stays is None else make_plan(keep)
@@ -171,8 +185,10 @@ class Boundary:
             return None
         text = prompt_text(call, kwargs, real & ~visual)
         features = taps_of(call)
-        scene = Scene(visual, call.input_ids, kwargs["inputs_embeds"], kwargs.get("position_ids"), self.parts.base)
-        return choose(self.selector, budget, self.per_image, self.parts.family.layout, scene, text, features)
+        base, family = self.parts.base, self.parts.family
+        tile = family.tile(base.config)
+        scene = Scene(visual, call.input_ids, kwargs["inputs_embeds"], kwargs.get("position_ids"), base, tile)
+        return choose(self.selector, budget, self.per_image, family.layout, scene, text, features)
 
 
 def _keys_before(state: CacheState | None, batch: int, past: int, device: torch.device) -> KeyMap:
@@ -206,10 +222,21 @@ def _cache_of(output: Any) -> Any:
     return output.get("past_key_values")
 
 
+def _check_sliced(rows: int, plan: Plan) -> None:
+    """Some models return only the last rows that `logits_to_keep` asks for; these must be what they seem."""
+    last = torch.arange(plan.length - rows, plan.length, device=plan.index.device)
+    if not bool((plan.index[:, -rows:] == last).all()):
+        raise GripError(f"the language model returned its last {rows} positions, some of which were dropped")
+
+
 def _expand_output(output: Any, plan: Plan) -> Any:
     """The language model's output with hidden states of the logical length."""
     kept = plan.index.shape[1]
     if kept == plan.length and plan.full:
+        return None
+    first = output[0]
+    if first.shape[1] != kept:
+        _check_sliced(first.shape[1], plan)
         return None
     source = source_slots(plan)
 

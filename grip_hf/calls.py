@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import taps
+from .attention import Step
 from .cache import CacheState
-from .inputs import Step
 
 
 @dataclasses.dataclass
@@ -20,6 +20,7 @@ class Call:
 
     input_ids: Tensor | None
     inputs_embeds: Tensor | None
+    attention_mask: Any
     encoded: list[Any]
     labels: Tensor | None = None
     step: Step | None = None

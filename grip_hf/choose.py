@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .architectures import Layout, Scene
 from .budgets import Budget
 from .errors import GripError
 from .grouping import group_tokens, spread_taps
+from .scenes import Layout, Scene
 from .selection import VisualBatch, topk_mask
 
 Score = Callable[[VisualBatch], Tensor]

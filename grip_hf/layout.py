@@ -69,6 +69,24 @@ def changes(values: Tensor, visual: Tensor) -> Tensor:
     return starts.long().cumsum(1) - 1
 
 
+def joined_runs(visual: Tensor, before: Tensor) -> Tensor:
+    """[B, L] long: which picture a token belongs to if a picture has several runs, one token apart.
+
+    A run goes on with the picture of the run before it if the one token between them is the picture's usual one: the
+    first such token after the picture's first run. `before` [B, L] long holds the id before each position.
+    """
+    fresh = torch.zeros_like(visual)
+    for row, (columns, ids) in enumerate(zip(visual, before, strict=True)):
+        usual, last = None, -2
+        for column in columns.nonzero().flatten().tolist():
+            if column == last + 2 and usual in (None, int(ids[column])):
+                usual = int(ids[column])
+            elif column != last + 1:
+                fresh[row, column], usual = True, None
+            last = column
+    return fresh.long().cumsum(1) - 1
+
+
 def newline_coordinates(visual: Tensor, newline: Tensor, base: int) -> tuple[Tensor, Tensor]:
     """Images of a row grid whose every row ends with a "newline" token, after a square base picture.
 

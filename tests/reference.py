@@ -1,7 +1,7 @@
 """The independent reference: the *unpatched* model, with dropped tokens masked out and original positions."""
 
 import torch
-from tiny import IMAGE_ID
+from tiny import IMAGE_ID, TINY
 
 
 def visual_mask(inputs):
@@ -18,6 +18,13 @@ def held_positions(inputs, kept):
         gone[indices] = False
         held[row, columns[gone]] = False
     return held
+
+
+def lengthen_types(family, inputs, steps):
+    """Token types, if the family has them, for `steps` text tokens more; in place."""
+    name, kinds = TINY[family].types, TINY[family].type_ids
+    if name in inputs:
+        inputs[name] = torch.nn.functional.pad(inputs[name], (0, steps), value=kinds[2])
 
 
 def original_positions(model, inputs):
@@ -57,7 +64,6 @@ def reference_generate(model, inputs, held, steps):
         logits.append(out)
         tokens.append(out.argmax(-1))
         inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[-1][:, None]], 1)
-        if "mm_token_type_ids" in inputs:
-            inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 1))
+        lengthen_types(model.config.model_type, inputs, 1)
         held = torch.nn.functional.pad(held, (0, 1), value=True)
     return torch.stack(tokens, 1), torch.stack(logits, 1)

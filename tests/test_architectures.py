@@ -26,6 +26,23 @@ EXPECTED = {
     "internvl": [grid(2, 2), grid(2, 2) * 2],
     "smolvlm": [grid(2, 2) * 3] * 2,
     "idefics3": [grid(2, 2) * 3] * 2,
+    "aria": [[(0.5, 0.5)] * 6] * 2,  # latents lie nowhere
+    "aya_vision": [grid(2, 2), grid(2, 2) * 3],
+    "cohere2_vision": [grid(2, 2), grid(2, 2) * 3],
+    "deepseek_vl": [grid(4, 4)] * 2,
+    "gemma3": [grid(2, 2)] * 2,
+    "gemma4": [grid(4, 1)] * 2,  # the width is not known
+    "glm4v": [grid(2, 3), grid(3, 2)],
+    "idefics2": [[(0.5, 0.5)] * 6] * 2,
+    "janus": [grid(4, 4)] * 2,
+    "llava_next_video": [grid(4, 4) + grid(4, 9), grid(4, 4) + grid(8, 5)],
+    "mistral3": [grid(2, 3), grid(3, 2)],
+    "ovis2": [grid(2, 2), grid(2, 2) * 3],
+    "paligemma": [grid(4, 4)] * 2,
+    "qwen3_vl": [grid(2, 3), grid(3, 2)],
+    "qwen3_vl_moe": [grid(2, 3), grid(3, 2)],
+    "video_llava": [grid(4, 4)] * 2,
+    "vipllava": [grid(4, 4)] * 2,
 }
 
 
@@ -62,6 +79,8 @@ def test_positions_and_images(family, through_generate):
     assert batch.budgets.tolist() == [int(n * 0.5 + 0.5) for n in batch.mask.sum(1).tolist()]
     # The text is the prompt without pictures and padding, embedded by the model's own table.
     table = model.get_input_embeddings()
+    if family == "ovis2":
+        return  # which puts features of its own in the place of indicator tokens
     for row in range(2):
         words = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
         words = words[words != IMAGE_ID]

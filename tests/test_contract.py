@@ -6,8 +6,15 @@ import threading
 
 import pytest
 import torch
-from reference import held_positions, positions_and_next, reference_generate, reference_logits, visual_mask
-from tiny import IMAGE, IMAGE_ID, TINY, build, make_inputs, select_by_content
+from reference import (
+    held_positions,
+    lengthen_types,
+    positions_and_next,
+    reference_generate,
+    reference_logits,
+    visual_mask,
+)
+from tiny import CORE, IMAGE, IMAGE_ID, TINY, build, make_inputs, select_by_content
 from transformers import DynamicCache
 
 from grip_hf import apply_grip, remove_grip
@@ -16,13 +23,26 @@ FAMILIES = sorted(TINY)
 ONE = [[3, IMAGE, 4]]
 TWO_PICTURES = [[2, IMAGE, 2, IMAGE, 3]]
 RAGGED = [[3, IMAGE, 4], [2, IMAGE, 2, IMAGE, 3], [5]]  # unequal counts and a row without pictures
-CLOSE = {"atol": 2e-5, "rtol": 1e-4}
-
-pytestmark = [
-    pytest.mark.parametrize("family", FAMILIES),
-    pytest.mark.parametrize("attention", ["eager", "sdpa"]),
-]
+# What transformers itself cannot do, so that there is nothing to compare with; each is shown by an unpatched control.
+UNCACHED_BEAMS_DIFFER = {"glm4v"}
+# PaliGemma's prompt is one block in which all see all: it has no later turns.
+SINGLE_TURN = {name: {"paligemma"} for name in ("test_picture_in_a_second_turn", "test_text_turn_on_the_same_cache")}
 _models = {}
+
+
+def pytest_generate_tests(metafunc):
+    families = sorted(set(FAMILIES) - SINGLE_TURN.get(metafunc.function.__name__, set()))
+    cells = [
+        pytest.param(family, attention, marks=[] if family in CORE or attention == "sdpa" else pytest.mark.slow)
+        for family in families
+        for attention in ("eager", "sdpa")
+    ]
+    metafunc.parametrize(("family", "attention"), cells)
+
+
+def assert_close(family, ours, theirs):
+    """Equal up to rounding; Gemma4 magnifies it (in double precision it agrees to 1e-6 too)."""
+    torch.testing.assert_close(ours, theirs, atol=5e-4 if family == "gemma4" else 2e-5, rtol=1e-4)
 
 
 @pytest.fixture
@@ -77,8 +97,8 @@ def test_half_equals_the_masked_model(family, model, prompts, scope):
     remove_grip(model)
     expected = reference_logits(model, inputs, held)
     assert (out.logits - model(**inputs).logits)[held].abs().max() > 1e-2  # dropping tokens does change something
-    torch.testing.assert_close(out.logits[held], expected[held], **CLOSE)
-    torch.testing.assert_close(uncached[held], expected[held], **CLOSE)
+    assert_close(family, out.logits[held], expected[held])
+    assert_close(family, uncached[held], expected[held])
 
 
 @pytest.mark.parametrize("prompts", [ONE, RAGGED], ids=["one", "ragged"])
@@ -88,13 +108,15 @@ def test_generation_equals_the_masked_model(family, model, prompts):
     out = generate(model, inputs, output_logits=True)
     uncached = generate(model, inputs, output_logits=True, use_cache=False)
     held = held_positions(inputs, model.grip.kept_tokens(out))
-    physical = out.past_key_values.layers[0].keys.shape[2]
-    assert physical == int(held.sum(1).max()) + 4  # and the cache really is that small
+    for layer in out.past_key_values.layers:
+        if getattr(layer, "keys", None) is not None:  # and the cache really is that small
+            window = layer.sliding_window - 1 if layer.is_sliding else 10_000
+            assert layer.keys.shape[2] == min(int(held.sum(1).max()) + 4, window)
     remove_grip(model)
     tokens, logits = reference_generate(model, inputs, held, 5)
     for one in (out, uncached):
         assert torch.equal(one.sequences[:, -5:], tokens)
-        torch.testing.assert_close(torch.stack(one.logits, 1), logits, **CLOSE)
+        assert_close(family, torch.stack(one.logits, 1), logits)
 
 
 def test_left_padded_rows_equal_single_runs(family, model):
@@ -108,7 +130,7 @@ def test_left_padded_rows_equal_single_runs(family, model):
             assert torch.equal(model.grip.kept_tokens(single)[0], model.grip.kept_tokens(out)[row])
         assert torch.equal(single.sequences[0, -5:], out.sequences[row, -5:])
         mine = torch.stack([step[row] for step in out.logits])
-        torch.testing.assert_close(mine, torch.stack([step[0] for step in single.logits]), **CLOSE)
+        assert_close(family, mine, torch.stack([step[0] for step in single.logits]))
 
 
 def test_manual_decoding_step_by_step(family, model):
@@ -132,11 +154,10 @@ def test_manual_decoding_step_by_step(family, model):
     for step in range(4):
         length = full["input_ids"].shape[1]
         expected = reference_logits(model, full, full["attention_mask"].bool(), positions[..., :length])[:, -1]
-        torch.testing.assert_close(logits[step], expected, **CLOSE)
+        assert_close(family, logits[step], expected)
         full["input_ids"] = torch.cat([full["input_ids"], tokens[step][:, None]], 1)
         full["attention_mask"] = torch.nn.functional.pad(full["attention_mask"], (0, 1), value=1)
-        if "mm_token_type_ids" in full:
-            full["mm_token_type_ids"] = torch.nn.functional.pad(full["mm_token_type_ids"], (0, 1))
+        lengthen_types(family, full, 1)
 
 
 @pytest.mark.parametrize("prompts", [ONE, RAGGED], ids=["one", "ragged"])
@@ -144,11 +165,16 @@ def test_beam_search_with_and_without_cache(family, model, prompts):
     inputs = make_inputs(family, prompts)
     halve(model)
     out = generate(model, inputs, num_beams=3, num_return_sequences=2, output_scores=True)
+    assert len(model.grip.kept_tokens(out)) == 3 * len(prompts)
     # Without a cache nothing of the cache's translation is used.
     uncached = generate(model, inputs, num_beams=3, num_return_sequences=2, output_scores=True, use_cache=False)
+    if family in UNCACHED_BEAMS_DIFFER and len(prompts) > 1:
+        remove_grip(model)
+        plain = [generate(model, inputs, num_beams=3, use_cache=use).sequences for use in (True, False)]
+        assert not torch.equal(*plain)
+        return
     assert torch.equal(out.sequences, uncached.sequences)
-    torch.testing.assert_close(out.sequences_scores, uncached.sequences_scores, **CLOSE)
-    assert len(model.grip.kept_tokens(out)) == 3 * len(prompts)
+    assert_close(family, out.sequences_scores, uncached.sequences_scores)
 
 
 def test_loss_with_labels(family, model):
@@ -169,7 +195,7 @@ def test_loss_with_labels(family, model):
                 # after a dropped run, a token is predicted from the last kept position before it
                 total -= logits[row, before[-1]].log_softmax(-1)[labels[row, column]]
                 count += 1
-    torch.testing.assert_close(out.loss, total / count, **CLOSE)
+    assert_close(family, out.loss, total / count)
 
 
 def test_gradients_reach_the_embeddings(family, model):
@@ -200,15 +226,16 @@ def test_text_turn_on_the_same_cache(family, model):
     assert cache.get_seq_length() == start + 3
     remove_grip(model)
     full = {**inputs, "input_ids": torch.cat([inputs["input_ids"], more], 1)}
-    if "mm_token_type_ids" in full:
-        full["mm_token_type_ids"] = torch.nn.functional.pad(full["mm_token_type_ids"], (0, 3))
+    lengthen_types(family, full, 3)
     expected = reference_logits(model, full, torch.nn.functional.pad(held, (0, 3), value=True), positions)
-    torch.testing.assert_close(out.logits, expected[:, -3:], **CLOSE)
+    assert_close(family, out.logits, expected[:, -3:])
 
 
 def test_picture_in_a_second_turn(family, model):
     """A chat that goes on through `generate` on the same cache, with a new picture."""
     first = make_inputs(family, ONE)
+    if "image_grid_thw" not in first:
+        first.pop(TINY[family].types, None)  # here all attention is causal
     halve(model)
     turn = generate(model, first)
     cache = turn.past_key_values
@@ -219,9 +246,9 @@ def test_picture_in_a_second_turn(family, model):
     chat = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     pictures = {name: value for name, value in second.items() if name not in chat and "type" not in name}
     everything = {**chat, **{name: torch.cat([first[name], value]) for name, value in pictures.items()}}
-    if family in ("smolvlm", "idefics3"):
+    if TINY[family].stacked:
         everything["pixel_values"] = torch.cat([first["pixel_values"], second["pixel_values"]], 1)
-    if "mm_token_type_ids" in first:
+    if "image_grid_thw" in first:
         everything["mm_token_type_ids"] = (ids == IMAGE_ID).int()
     positions = positions_and_next(model, everything, 4)
     start = cache.get_seq_length()
@@ -238,7 +265,7 @@ def test_picture_in_a_second_turn(family, model):
     held = held_positions(everything, [kept])
     remove_grip(model)
     expected = reference_logits(model, everything, held, positions[..., :-4])[:, start:]
-    torch.testing.assert_close(out.logits[held[:, start:]], expected[held[:, start:]], **CLOSE)
+    assert_close(family, out.logits[held[:, start:]], expected[held[:, start:]])
 
 
 def test_budgets_per_call_and_per_sample(family, model):
@@ -334,7 +361,7 @@ def test_an_exception_leaves_no_trace(family, model, where):
     halve(model)
     pruned = model(**inputs).logits
     parts = model.grip._parts
-    towers = ("vision_tower", "visual", "vision_model")
+    towers = ("vision_tower", "image_tower", "visual", "vision_model")
     tower = next(getattr(parts.base, name) for name in towers if hasattr(parts.base, name))
     module = tower if where == "vision" else parts.language_model.layers[1]
 
@@ -352,7 +379,7 @@ def test_an_exception_leaves_no_trace(family, model, where):
         assert cache.get_seq_length() == length + 1 and not cache.grip_inside  # layer 0 has taken the token
     hook.remove()
     # A call of the language model alone, of the same length, is not taken for a pruned one.
-    embeds = torch.randn(1, inputs["input_ids"].shape[1], model.config.get_text_config().hidden_size)
+    embeds = model.get_input_embeddings()(torch.full_like(inputs["input_ids"], 7))
     assert parts.language_model(inputs_embeds=embeds).last_hidden_state.shape[1] == embeds.shape[1]
     assert torch.equal(model(**inputs).logits, pruned)
     remove_grip(model)

@@ -1,0 +1,168 @@
+"""The attention mask of a pruned call, in the form in which the language model takes it.
+
+Sliding windows count positions of the *unpruned* sequence, whichever cache or mask the model uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.masking_utils import find_first_full_attention_index, find_packed_sequence_indices
+
+from . import masks
+from .cache import CacheState, window
+from .errors import GripError
+from .masks import KeyMap
+from .pruning import Plan, take_last
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One pruned call of the language model.
+
+    Attributes:
+        plan: which positions of the call stay.
+        past: physical number of cached keys before the call.
+        past_logical: logical number of positions before the call.
+        keys: all physical keys, cached and new.
+        cache: the cache given to the call, if any.
+        state: what earlier calls left on the cache, if any.
+        keep: [B, L] bool, which positions stay, and
+        real: [B, L] bool, which are not padding; both only used for compact positions.
+        compact: True if positions are re-numbered.
+    """
+
+    plan: Plan
+    past: int
+    past_logical: int
+    keys: KeyMap
+    cache: Cache | None
+    state: CacheState | None
+    keep: Tensor
+    real: Tensor
+    compact: bool
+
+
+def attention_masks(kwargs: dict[str, Any], positions: Tensor, step: Step, config: Any) -> Any:
+    """The mask(s) of the physical call: None, 2-D, 4-D, or a dict of such.
+
+    Args:
+        kwargs: arguments of the unpruned call.
+        positions: its position ids.
+        step: what stays.
+        config: the language model's config.
+    """
+    mask, dtype = kwargs.get("attention_mask"), kwargs["inputs_embeds"].dtype
+    kept = step.plan.index.shape[1]
+    additive = dtype if config._attn_implementation == "eager" else None
+    segments = _packed_segments(kwargs, positions, step, config)
+    if segments is not None:
+        if _uses_flash(config):
+            raise GripError("cannot prune a packed batch with flash attention; use sdpa or a padded batch")
+        return masks.causal_4d(step.keys, kept, masks.Window(kept, 0), segments, dtype=additive)
+    if isinstance(mask, dict):
+        return {kind: _prepared(one, _layer_of(kind, step.cache), step, additive) for kind, one in mask.items()}
+    if mask is not None and mask.ndim != 2:
+        return _prepared(mask, _layer_of("full_attention", step.cache), step, additive)
+    if needs_windows(config, step.past_logical + step.plan.length):
+        return _windowed(mask, step, config, additive)
+    if mask is not None:
+        return masks.mask_2d(mask, step.keys)
+    # With a cache no mask means causal attention; without one a mask keeps gaps from being read as packing.
+    return None if step.keys.full and step.cache is not None else masks.mask_2d(None, step.keys)
+
+
+def needs_windows(config: Any, length: int) -> bool:
+    """Whether the model has sliding windows that `length` positions outgrow."""
+    reach = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None)
+    return reach is not None and length > reach and (layers is None or "sliding_attention" in layers)
+
+
+def _windowed(mask: Tensor | None, step: Step, config: Any, additive: torch.dtype | None) -> Any:
+    """Masks of a model that makes its own from a 2-D one, with windows in original positions."""
+    if _uses_flash(config):
+        raise GripError(
+            f"cannot prune {step.past_logical + step.plan.length} positions with flash attention and a sliding window "
+            f"of {config.sliding_window}: it would count kept tokens only; use sdpa"
+        )
+    keys, kept = step.keys, step.plan.index.shape[1]
+    if mask is not None:
+        keys = KeyMap(keys.index, masks.mask_2d(mask, keys) != 0, full=False)
+    made = {
+        kind: masks.causal_4d(
+            keys, kept, window(step.cache, kept, _layer_of(kind, step.cache), inside=True), reach=reach, dtype=additive
+        )
+        for kind, reach in (("full_attention", None), ("sliding_attention", config.sliding_window))
+    }
+    return made if getattr(config, "layer_types", None) is not None else made["sliding_attention"]
+
+
+def _packed_segments(kwargs: dict[str, Any], positions: Tensor, step: Step, config: Any) -> Tensor | None:
+    """[B, K] sequence number of each kept token if the call packs several sequences into a row, else None.
+
+    transformers sees packing in jumps of the positions when there is neither a mask nor a cache. Dropping tokens makes
+    such jumps too, so it is looked for here, before, and a pruned call always has a mask.
+    """
+    use_cache = kwargs.get("use_cache")
+    use_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
+    if (
+        kwargs.get("attention_mask") is not None
+        or step.cache is not None
+        or use_cache
+        or kwargs.get("position_ids") is None
+    ):
+        return None
+    if positions.ndim == 3:
+        if positions.shape[0] == 3:
+            return None  # three kinds of M-RoPE positions without text positions: transformers does not look either
+        positions = positions[0]
+    segments = find_packed_sequence_indices(positions)
+    return None if segments is None else take_last(segments, step.plan.index)
+
+
+def _layer_of(kind: str, cache: Cache | None) -> int:
+    """A layer of the cache that uses masks of this kind."""
+    if cache is None:
+        return 0
+    if "sliding" in kind or "chunked" in kind:
+        return cache.is_sliding.index(True) if True in cache.is_sliding else 0
+    return find_first_full_attention_index(cache)
+
+
+def _prepared(mask: Tensor | None, layer: int, step: Step, additive: torch.dtype | None) -> Tensor | None:
+    """A 4-D mask made outside the language model, for the physical call."""
+    kept = step.plan.index.shape[1]
+    physical = window(step.cache, kept, layer, inside=True)
+    if mask is None:
+        return None if step.keys.full else masks.causal_4d(step.keys, kept, physical, dtype=additive)
+    if mask.ndim == 2:
+        return masks.mask_2d(mask, step.keys)
+    if mask.ndim != 4:
+        raise GripError(f"cannot prune a prepared attention mask of shape {tuple(mask.shape)}; expected 4 dimensions")
+    logical = window(step.cache, step.plan.length, layer, inside=False)
+    return masks.mask_4d(mask, step.plan.index, step.keys, logical, physical)
+
+
+def _uses_flash(config: Any) -> bool:
+    return "flash" in str(config._attn_implementation)
+
+
+def flash_arguments(mask: Any, step: Step, config: Any) -> dict[str, Any]:
+    """Extra arguments that keep flash attention from reading the gaps of one sequence's positions as packing."""
+    batch, kept = step.plan.index.shape
+    if not _uses_flash(config) or batch > 1 or not step.keys.full or isinstance(mask, dict):
+        return {}
+    if mask is not None and not bool(mask.all()):
+        return {}
+    keys, device = step.keys.index.shape[1], step.keys.index.device
+    return {
+        "cu_seq_lens_q": torch.tensor([0, kept], dtype=torch.int32, device=device),
+        "cu_seq_lens_k": torch.tensor([0, keys], dtype=torch.int32, device=device),
+        "max_length_q": kept,
+        "max_length_k": keys,
+    }
