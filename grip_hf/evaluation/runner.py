@@ -15,7 +15,8 @@ from ..errors import ConfigError
 from ..selection import VisualBatch, topk_mask
 from ..selectors.base import Selector
 from ..training.data import Examples
-from ..training.features import FrozenVLM, Sample, answer_ids, stack_visual
+from ..training.features import FrozenVLM
+from ..training.samples import Sample, answer_ids, stack_visual
 from ..training.store import SampleStore, compare
 from .metrics import UNPRUNED, Row, table
 
@@ -85,7 +86,7 @@ def evaluate(
         raise ConfigError(
             f"nothing to evaluate: budgets={list(budgets)}, {len(examples)} examples, batch_size={batch_size}"
         )
-    vlm = FrozenVLM(model, processor, cached_pictures=batch_size, tap=tap_all(selectors.values()))
+    vlm = FrozenVLM(model, processor, cache_bytes=1 << 28, tap=tap_all(selectors.values()))
     answers: dict[tuple[str, float], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     try:
         for start in tqdm(range(0, len(examples), batch_size), desc="evaluating", disable=not progress):

@@ -6,10 +6,8 @@ tokens that are not kept. Pictures are encoded once and cached by content.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,45 +22,8 @@ from ..errors import UnsupportedModelError
 from ..patch import apply_grip, remove_grip
 from ..selection import VisualBatch
 from .data import DatasetError, Example
-
-
-@dataclasses.dataclass(eq=False)
-class Encoded:
-    """The pictures of an example as the vision tower and projector give them.
-
-    Attributes:
-        features: One tensor per picture, or one for all of them, as the family's `get_image_features` gives them.
-        taps: Extra rows per visual token.
-    """
-
-    features: Any
-    taps: dict[str, Tensor]
-
-
-@dataclasses.dataclass(eq=False)
-class Sample:
-    """One example, ready for the model.
-
-    Attributes:
-        inputs: The processor's output for the prompt, a batch of one, without pixels.
-        encoded: The encoded pictures.
-        visual: What a selector sees of it: one row, without padding; its budget means nothing.
-        answer: [A] long, the tokens of the reference answer, with the token that ends it.
-        log_probs: [A, V] float32, what the unpruned model predicts at these tokens; None until asked for.
-        example: Where it came from.
-    """
-
-    inputs: dict[str, Tensor]
-    encoded: Encoded
-    visual: VisualBatch
-    answer: Tensor
-    example: Example
-    log_probs: Tensor | None = None
-
-    @property
-    def num_visual(self) -> int:
-        """Number of visual tokens."""
-        return self.visual.mask.shape[1]
+from .lru import ByteCache
+from .samples import Encoded, Sample, one_row, share_tokens
 
 
 class FrozenVLM:
@@ -72,7 +33,7 @@ class FrozenVLM:
         model: The model; it is patched (see `close`) and its weights stop requiring gradients.
         processor: Its processor, with a chat template.
         max_answer_tokens: Longest answer that is made up for examples without one.
-        cached_pictures: How many examples' encoded pictures are remembered.
+        cache_bytes: How much memory encoded pictures may take.
         tap: Called with the model: registers hooks that publish extra rows per visual token, and returns them.
 
     Raises:
@@ -84,7 +45,7 @@ class FrozenVLM:
         model: Any,
         processor: Any,
         max_answer_tokens: int = 16,
-        cached_pictures: int = 4096,
+        cache_bytes: int = 1 << 30,
         tap: Callable[[Any], Iterable[Any]] | None = None,
     ) -> None:
         self.parts = find_parts(model)
@@ -94,7 +55,7 @@ class FrozenVLM:
             raise DatasetError(f"the processor {type(processor).__name__} has no chat template to write prompts with")
         self.model, self.processor = model.eval().requires_grad_(False), processor
         self.max_answer_tokens = max_answer_tokens
-        self._cached, self._cache_size = OrderedDict[str, Encoded](), cached_pictures
+        self._cache = ByteCache[Encoded](cache_bytes)
         self._seen: VisualBatch | None = None
         self._keep: Sequence[Tensor] | None = None
         apply_grip(model, GripConfig(num_tokens=1), selector=self._select)
@@ -115,6 +76,11 @@ class FrozenVLM:
     def hidden_size(self) -> int:
         """Width of visual tokens and word embeddings."""
         return self.model.config.get_text_config().hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that answers are made of."""
+        return self.model.config.get_text_config().vocab_size
 
     def _select(self, batch: VisualBatch) -> Tensor:
         """The patch's selector: remember what there is to choose from, or choose what was asked for."""
@@ -144,7 +110,9 @@ class FrozenVLM:
         samples = []
         for row, example in enumerate(examples):
             answer = self._say(inputs[row], encoded[row]) if example.answer is None else self._tokens(example.answer)
-            samples.append(Sample(inputs[row], encoded[row], _one_row(seen, row), answer, example))
+            visual = share_tokens(own := one_row(seen, row), encoded[row].features)
+            size = own.text.nbytes + own.tokens.nbytes * (visual is own) + 4 * len(answer) * self.vocabulary
+            samples.append(Sample(inputs[row], encoded[row], visual, answer, size, example))
         return samples
 
     def _process(self, example: Example) -> dict[str, Tensor]:
@@ -160,20 +128,20 @@ class FrozenVLM:
         """Encode the pictures of one example, or find them in the cache; takes the pixels out of `inputs`."""
         encoder = self.parts.base.get_image_features
         wanted = {name: inputs[name] for name in inspect.signature(encoder).parameters if name in inputs}  # type: ignore[arg-type]
+        if not any(name.startswith("pixel_values") for name in wanted):
+            raise DatasetError("an example has no picture that the model can see")
         key = hashlib.sha1(b"".join(_bytes(inputs[name]) for name in sorted(wanted))).hexdigest()
         for name in [name for name in inputs if name.startswith("pixel_values")]:
             pixels = inputs.pop(name)
             if name in wanted and pixels.is_floating_point():
                 wanted[name] = pixels.to(self.model.dtype)
-        if key in self._cached:
-            self._cached.move_to_end(key)
-            return self._cached[key]
+        known = self._cache.get(key)
+        if known is not None:
+            return known
         taps.clear()
         features = encoder(**wanted, return_dict=True).pooler_output  # type: ignore[operator]
-        self._cached[key] = encoded = Encoded(features, taps.collect())
-        if len(self._cached) > self._cache_size:
-            self._cached.popitem(last=False)
-        return encoded
+        encoded = Encoded(features, taps.collect())
+        return self._cache.put(key, encoded, sum(tensor.nbytes for tensor in (*features, *encoded.taps.values())))
 
     def _tokens(self, answer: str) -> Tensor:
         tokenizer = self.processor.tokenizer
@@ -251,44 +219,6 @@ class FrozenVLM:
         for i, row in enumerate(rows):
             result[i, result.shape[1] - len(row) :] = row
         return result
-
-
-def answer_ids(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Answers of several samples aligned on the right: ids [B, Amax] long (0 where padded) and mask [B, Amax] bool."""
-    longest = max(len(sample.answer) for sample in samples)
-    ids = samples[0].answer.new_zeros(len(samples), longest)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for i, sample in enumerate(samples):
-        ids[i, longest - len(sample.answer) :] = sample.answer
-        mask[i, longest - len(sample.answer) :] = True
-    return ids, mask
-
-
-def stack_visual(rows: Sequence[VisualBatch], budgets: Tensor) -> VisualBatch:
-    """Batch what selectors see of several samples, padded on the right; `budgets` [G] long."""
-
-    def pad(values: list[Tensor]) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence([value[0] for value in values], batch_first=True)
-
-    fields = ("tokens", "mask", "text", "text_mask", "positions", "image_index")
-    joined = {name: pad([getattr(row, name) for row in rows]) for name in fields}
-    taps_ = {name: pad([row.taps[name] for row in rows]) for name in rows[0].taps}
-    return VisualBatch(**joined, budgets=budgets.to(joined["mask"].device), taps=taps_)
-
-
-def _one_row(batch: VisualBatch, row: int) -> VisualBatch:
-    """One row of a batch without its padding."""
-    real, words = batch.mask[row], batch.text_mask[row]
-    return VisualBatch(
-        tokens=batch.tokens[row, real][None],
-        mask=batch.mask[row, real][None],
-        text=batch.text[row, words][None],
-        text_mask=batch.text_mask[row, words][None],
-        budgets=batch.budgets[row : row + 1],
-        positions=batch.positions[row, real][None],
-        image_index=batch.image_index[row, real][None],
-        taps={name: tap[row, real][None] for name, tap in batch.taps.items()},
-    )
 
 
 def _pictures(encoded: Sequence[Encoded]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ DEFAULTS: dict[str, Any] = {
     "loss_type": "dr_grpo",
     "scale_rewards": "group",
     "num_generations": 8,
-    "entropy_coef": 0.01,
+    "entropy_coef": 0.001,  # the policy loss is divided by the longest completion, the entropy is not
     "per_device_train_batch_size": 64,
     "learning_rate": 3e-4,
     "lr_scheduler_type": "cosine",

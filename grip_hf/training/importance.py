@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .features import FrozenVLM, Sample, answer_ids
+from .features import FrozenVLM
+from .samples import Sample, answer_ids
 
 Importance = Callable[[FrozenVLM, Sequence[Sample]], Tensor]
 

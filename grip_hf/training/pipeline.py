@@ -50,7 +50,7 @@ class Plan:
     warmup_steps: int = 500
     steps: int = 2000
     budgets: BudgetRange = dataclasses.field(default_factory=BudgetRange)
-    target: str = "gradient"
+    target: str = "attention"
     seed: int = 0
     save_every: int = 250
     scorer: dict[str, Any] = dataclasses.field(default_factory=dict)

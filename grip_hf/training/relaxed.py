@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..selection import topk_mask
-from .features import answer_ids
 from .policy import score
+from .samples import answer_ids
 from .store import compare
 from .supervised import StoreTrainer
 

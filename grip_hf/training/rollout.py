@@ -64,8 +64,8 @@ def make_rollout(store: SampleStore, budgets: BudgetRange, greedy: bool = False)
         first = accelerator.process_index * len(prompts)
         rows = [prompt[-1]["row"] for prompt in prompts]
         groups = [(first + i) // size for i in range(len(rows))]
-        moment = f"{trainer.args.seed}/{trainer.state.global_step}/{trainer._step if training else 'eval'}"
-        ratios = [budgets.draw(f"{moment}/{group}") for group in groups]
+        moment = f"{trainer.args.seed}/{trainer.state.global_step}"
+        ratios = [budgets.draw(f"{moment}/{group}/{row}") for group, row in zip(groups, rows, strict=True)]
         counts = [store.count(row, ratio) for row, ratio in zip(rows, ratios, strict=True)]
         lead = [greedy and training and (first + i) % size == 0 for i in range(len(rows))]
         picks = _pick(policy, store, rows, counts, lead, trainer.temperature if training else None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,9 @@ from torch import Tensor
 from ..config import count_kept
 from ..selection import VisualBatch
 from .data import Examples
-from .features import FrozenVLM, Sample, answer_ids, stack_visual
+from .features import FrozenVLM
+from .lru import ByteCache
+from .samples import Sample, answer_ids, stack_visual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,26 +57,24 @@ class SampleStore:
     Args:
         vlm: The frozen model.
         examples: The rows.
-        room: How many samples are remembered; pictures have a cache of their own.
+        cache_bytes: How much memory samples may take; pictures have a cache of their own.
         rows_at_once: Largest batch of pruned forward passes.
     """
 
-    def __init__(self, vlm: FrozenVLM, examples: Examples, room: int = 512, rows_at_once: int = 128) -> None:
-        self.vlm, self.examples, self.room, self.rows_at_once = vlm, examples, room, rows_at_once
-        self._samples: OrderedDict[int, Sample] = OrderedDict()
+    def __init__(
+        self, vlm: FrozenVLM, examples: Examples, cache_bytes: int = 1 << 30, rows_at_once: int = 128
+    ) -> None:
+        self.vlm, self.examples, self.rows_at_once = vlm, examples, rows_at_once
+        self._cache = ByteCache[Sample](cache_bytes)
 
     def samples(self, rows: Sequence[int]) -> list[Sample]:
         """The samples of some rows, in their order; a row may come several times."""
-        missing = [row for row in dict.fromkeys(rows) if row not in self._samples]
-        found = {row: self._samples[row] for row in rows if row in self._samples}
+        found = {row: self._cache.get(row) for row in rows}
+        missing = [row for row, sample in found.items() if sample is None]
         if missing:
-            found.update(zip(missing, self.vlm.prepare([self.examples[row] for row in missing]), strict=True))
-        for row in rows:
-            self._samples[row] = found[row]
-            self._samples.move_to_end(row)
-        while len(self._samples) > self.room:
-            self._samples.popitem(last=False)
-        return [found[row] for row in rows]
+            fresh = self.vlm.prepare([self.examples[row] for row in missing])
+            found |= {row: self._cache.put(row, one, one.nbytes) for row, one in zip(missing, fresh, strict=True)}
+        return [sample for row in rows if (sample := found[row]) is not None]
 
     def visual(self, rows: Sequence[int], budgets: Tensor) -> VisualBatch:
         """What a selector sees of some rows under `budgets` [G] long."""

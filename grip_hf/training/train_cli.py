@@ -30,12 +30,12 @@ def train(
     rate: Annotated[float, typer.Option(help="Peak learning rate of the method.")] = 3e-4,
     warmup_rate: Annotated[float, typer.Option(help="Peak learning rate of the warm-up.")] = 1e-3,
     budgets: Annotated[str, typer.Option(help="Smallest and largest keep ratio, separated by a comma.")] = "0.03,0.6",
-    target: Annotated[str, typer.Option(help="Target of the warm-up: gradient or attention.")] = "gradient",
+    target: Annotated[str, typer.Option(help="Target of the warm-up: gradient or attention.")] = "attention",
     rewards: Annotated[
         str, typer.Option(help="Rewards: closeness, correctness, likelihood.")
     ] = "closeness,correctness",
     reward_weights: Annotated[str, typer.Option(help="Their weights.")] = "1,1",
-    entropy: Annotated[float, typer.Option(help="Weight of the entropy bonus.")] = 0.01,
+    entropy: Annotated[float, typer.Option(help="Weight of the entropy bonus.")] = 0.001,
     beta: Annotated[float, typer.Option(help="Weight of the KL to the warm-up's policy.")] = 0.0,
     greedy: Annotated[bool, typer.Option(help="Give each group a greedy member as part of its baseline.")] = False,
     temperature: Annotated[float, typer.Option(help="Temperature of the relaxation's soft top-k.")] = 1.0,

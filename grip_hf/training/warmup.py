@@ -50,7 +50,7 @@ class WarmupTrainer(StoreTrainer):
         ConfigError: The target is unknown.
     """
 
-    def __init__(self, *args: Any, target: str = "gradient", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, target: str = "attention", **kwargs: Any) -> None:
         if target not in IMPORTANCES:
             raise ConfigError(f"target must be one of {sorted(IMPORTANCES)}, got {target!r}")
         super().__init__(*args, **kwargs)

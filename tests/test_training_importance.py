@@ -1,0 +1,62 @@
+import pytest
+import torch
+from classroom import TOKENS, build_vlm, make_store, rows
+
+from grip_hf.training.importance import attention_importance, gradient_importance
+
+
+@pytest.fixture(scope="module")
+def store():
+    return make_store()
+
+
+def told(model, embeds, ids, count):
+    """Log-likelihood of the last `count` tokens, by the plain language model."""
+    logs = model.lm_head(model.model.language_model(inputs_embeds=embeds).last_hidden_state).log_softmax(-1)
+    return sum(float(logs[0, -1 - count + i, ids[0, -count + i]]) for i in range(count))
+
+
+def plain_inputs(row):
+    model, processor = build_vlm()
+    model.double()
+    inputs = processor(images=row["image"], text=f"<image>{row['prompt']} {row['answer']} </s>", return_tensors="pt")
+    with torch.no_grad():
+        features = model.model.get_image_features(inputs["pixel_values"].double()).pooler_output[0]
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        visual = inputs["input_ids"][0] == model.config.image_token_id
+        embeds[0, visual] = features
+    return model, inputs["input_ids"], embeds, visual.nonzero().flatten().tolist()
+
+
+def test_gradient_importance_equals_finite_differences(store):
+    """Gradient x input is how the log-likelihood changes as a token is scaled."""
+    found = gradient_importance(store.vlm, store.samples([3, 0]))  # answers of different lengths: padding
+    assert found.shape == (2, TOKENS)
+    model, ids, embeds, places = plain_inputs(rows(4)[3])
+    count, step = 3, 1e-3  # norms run in float32
+    with torch.no_grad():
+        for token in (0, 5, 15):
+            sides = []
+            for sign in (1, -1):
+                moved = embeds.clone()
+                moved[0, places[token]] *= 1 + sign * step
+                sides.append(told(model, moved, ids, count))
+            assert found[0, token] == pytest.approx(abs(sides[0] - sides[1]) / (2 * step), rel=0.02, abs=2e-3)
+
+
+def test_attention_importance_equals_attention_maps(store):
+    found = attention_importance(store.vlm, store.samples([3, 0]))
+    assert store.vlm.parts.language_model.config._attn_implementation == "sdpa"
+    model, ids, embeds, places = plain_inputs(rows(4)[3])
+    model.model.language_model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = model.model.language_model(inputs_embeds=embeds, output_attentions=True).attentions
+    length = ids.shape[1]
+    for token in range(TOKENS):
+        total = sum(
+            float(layer[0, head, length - 4 + i, places[token]]) / 2
+            for layer in maps
+            for head in range(2)
+            for i in range(3)
+        )
+        assert found[0, token] == pytest.approx(total, abs=1e-4)

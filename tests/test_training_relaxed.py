@@ -1,0 +1,120 @@
+import pytest
+import torch
+from classroom import TOKENS, make_scorer, make_store
+
+from grip_hf.training.policy import score
+from grip_hf.training.relaxed import RelaxedTrainer, gated_mask, soft_topk, straight_through
+from grip_hf.training.supervised import training_arguments
+
+
+def test_soft_topk_spends_the_budget_and_sharpens():
+    torch.manual_seed(0)
+    scores = torch.randn(3, 9)
+    mask = torch.ones(3, 9).bool()
+    mask[2, 5:] = False
+    budgets = torch.tensor([1, 6, 3])
+    weights = soft_topk(scores, mask, budgets, 0.5)
+    torch.testing.assert_close(weights.sum(1), budgets.float(), atol=1e-3, rtol=0)
+    assert (weights[2, 5:] == 0).all() and (weights >= 0).all() and (weights <= 1).all()
+    sharp = soft_topk(scores, mask, budgets, 1e-3)
+    for row in range(3):
+        best = scores[row, mask[row]].topk(int(budgets[row])).indices
+        assert (sharp[row, best] > 0.99).all()
+
+
+def test_soft_topk_has_the_gradient_of_the_constrained_weights():
+    scores = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mask, budgets = torch.ones(2, 6).bool(), torch.tensor([2, 4])
+
+    def weights(values):
+        return soft_topk(values, mask, budgets, 0.7, rounds=80)
+
+    assert torch.autograd.gradcheck(weights, scores.requires_grad_())
+
+
+def test_straight_through_is_hard_forward_and_soft_backward():
+    torch.manual_seed(0)
+    scores = torch.randn(2, 8, requires_grad=True)
+    mask, budgets = torch.ones(2, 8).bool(), torch.tensor([3, 5])
+    gates = straight_through(scores, mask, budgets, 1.0, noise=0.0)
+    torch.testing.assert_close(gates.sum(1), budgets.float())
+    assert set(gates[0].topk(3).indices.tolist()) == set(scores[0].topk(3).indices.tolist())
+    gates[0, scores[0].argmin()].backward()
+    assert scores.grad[0, scores[0].argmin()] > 0, "a dropped token gets no gradient"
+
+
+@pytest.fixture(scope="module")
+def store():
+    return make_store()
+
+
+def test_hard_gates_equal_pruning(store):
+    samples = store.samples([0, 3, 4])
+    torch.manual_seed(2)
+    keep = torch.stack([torch.rand(TOKENS).argsort() < count for count in (2, 5, 11)])
+    real = torch.ones_like(keep)
+
+    def choose(batch):
+        visual = store.vlm.visual_mask(batch["input_ids"])
+        return gated_mask(batch["attention_mask"], visual, keep.float(), real, torch.float32)
+
+    with torch.no_grad():
+        gated = store.vlm.run(samples, attention_mask=choose).logits.log_softmax(-1)
+        pruned = store.vlm.run(samples, list(keep)).logits.log_softmax(-1)
+    for row, sample in enumerate(samples):
+        count = len(sample.answer)
+        torch.testing.assert_close(gated[row, -count:], pruned[row, -count:], atol=1e-3, rtol=0)
+
+
+def test_gradients_tell_what_a_dropped_token_would_do(store):
+    """The gate's derivative at 0 is the one-sided finite difference of letting the token in a little."""
+    samples = store.samples([0])
+    gates = torch.zeros(1, TOKENS)
+    gates[0, :4] = 1
+    real = torch.ones_like(gates).bool()
+
+    def told(values):
+        def choose(batch):
+            visual = store.vlm.visual_mask(batch["input_ids"])
+            return gated_mask(batch["attention_mask"], visual, values, real, torch.float32)
+
+        return store.vlm.run(samples, attention_mask=choose).logits.log_softmax(-1)[0, -2, samples[0].answer[0]]
+
+    gates.requires_grad_()
+    (slope,) = torch.autograd.grad(told(gates), gates)
+    step = 1e-4
+    for token in (6, 9):
+        moved = gates.detach().clone()
+        moved[0, token] = step
+        with torch.no_grad():
+            difference = float(told(moved) - told(gates.detach())) / step
+        assert float(slope[0, token]) == pytest.approx(difference, rel=0.1, abs=0.02)
+
+
+def test_the_relaxation_learns(tmp_path, store):
+    scorer = make_scorer()
+    args = training_arguments(
+        str(tmp_path),
+        max_steps=25,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    budgets = torch.full((8,), 3)
+
+    def answers():
+        batch = store.visual(list(range(8)), budgets)
+        with torch.no_grad():
+            best = score(scorer, batch).topk(3).indices
+        return store.judge(
+            store.samples(range(8)), list(torch.zeros(8, TOKENS).bool().scatter(1, best, True))
+        ).kl.mean()
+
+    before = answers()
+    trainer = RelaxedTrainer(scorer, store, args, (0.19, 0.19), temperature=0.5, draws=2)
+    trainer.train()
+    assert answers() < 0.95 * before
+    logged = [entry for entry in trainer.state.log_history if "kl" in entry]
+    assert logged and all(0 <= entry["correct"] <= 1 for entry in logged)
