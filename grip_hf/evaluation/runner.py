@@ -30,13 +30,15 @@ class Oracle:
         """[G, N] float32: falling along each example's evidence.
 
         Raises:
-            ConfigError: An example has no evidence.
+            ConfigError: An example has no evidence, or one beyond its tokens.
         """
         result = torch.zeros_like(batch.mask, dtype=torch.float32)
         for row, sample in zip(result, samples, strict=True):
             order = sample.example.columns.get("evidence")
             if order is None:
                 raise ConfigError("the selector 'oracle' needs examples with a column 'evidence'")
+            if order and not 0 <= min(order) <= max(order) < sample.num_visual:
+                raise ConfigError(f"evidence must name visual tokens 0 to {sample.num_visual - 1}, got {list(order)}")
             row[list(order)] = torch.arange(len(order), 0, -1, dtype=torch.float32, device=row.device)
         return result
 

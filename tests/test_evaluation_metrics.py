@@ -1,0 +1,34 @@
+import pytest
+
+from grip_hf.evaluation.metrics import table, wilson
+
+
+def test_wilson_intervals_of_known_cases():
+    # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert wilson(29, 29) == pytest.approx((0.8830, 1.0), abs=1e-4)
+
+
+@pytest.mark.parametrize("right,n", [(-1, 5), (6, 5), (0, 0)])
+def test_wilson_refuses_what_is_no_proportion(right, n):
+    with pytest.raises(ValueError, match="no proportion"):
+        wilson(right, n)
+
+
+def test_a_table_has_tasks_and_their_mean():
+    answers = {("a", 0.5): {"x": [True, False], "y": [True] * 8}, ("b", 0.1): {"y": [False] * 8, "x": [True, True]}}
+    rows = table(answers, ["x", "y"])
+    assert [(row["selector"], row["task"], row["n"]) for row in rows] == [
+        ("a", "x", 2),
+        ("a", "y", 8),
+        ("a", "mean", 10),
+        ("b", "x", 2),
+        ("b", "y", 8),
+        ("b", "mean", 10),
+    ]
+    assert [row["accuracy"] for row in rows] == [0.5, 1.0, 0.75, 1.0, 0.0, 0.5]
+    for row in rows:
+        low, high = row["ci95"]
+        assert 0 <= low <= row["accuracy"] <= high <= 1 and low < high

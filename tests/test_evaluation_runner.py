@@ -1,0 +1,168 @@
+import json
+
+import pytest
+import torch
+import typer
+from classroom import TOKENS, build_vlm, make_scorer, rows
+from typer.testing import CliRunner
+
+from grip_hf.config import ConfigError
+from grip_hf.evaluation.eval_cli import evaluate as eval_command
+from grip_hf.evaluation.runner import Oracle, evaluate
+from grip_hf.evaluation.tasks import named_selectors, pocket_examples
+from grip_hf.patch import apply_grip
+from grip_hf.scorer import ScorerError
+from grip_hf.selectors import get_selector
+from grip_hf.training.data import DatasetExamples
+from grip_hf.training.pocket_examples import PocketExamples
+
+RATIOS = (0.5, 0.2)
+
+
+def own_answers(count):
+    """Rows whose answers are what the model says, but for every third, so that some are right."""
+    model, processor = build_vlm()
+    found = rows(count)
+    for i, row in enumerate(found):
+        inputs = processor(images=row["image"], text="<image>" + row["prompt"], return_tensors="pt")
+        said = model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1]
+        row["answer"] = processor.tokenizer.decode(said) if i % 3 else "apple"
+        row["task"] = "even" if i % 2 == 0 else "odd"
+        row["evidence"] = [i % TOKENS, 3, 9]
+    return found
+
+
+def test_accuracy_equals_greedy_generation_through_the_patch(monkeypatch):
+    """For each selector and budget: patch, generate, compare texts."""
+    data = own_answers(12)
+    monkeypatch.setattr(
+        "grip_hf.training.features.FrozenVLM._tokens",
+        lambda self, answer: torch.tensor(self.processor.tokenizer(answer, add_special_tokens=False).input_ids),
+    )
+    names = ("cls_attention", "similarity", "grid")
+    selectors = {name: get_selector(name) for name in names}
+    found = evaluate(*build_vlm(), DatasetExamples(data), selectors, RATIOS, batch_size=5, progress=False)
+    table = {(row["selector"], row["budget"], row["task"]): row for row in found}
+    assert table["unpruned", 1.0, "even"]["n"] == 6
+    assert 0 < table["unpruned", 1.0, "mean"]["accuracy"] < 1
+    for name in names:
+        for ratio in RATIOS:
+            model, processor = build_vlm()
+            apply_grip(model, keep_ratio=ratio, selector=name)
+            right = {"even": 0, "odd": 0}
+            for row in data:
+                inputs = processor(images=row["image"], text="<image>" + row["prompt"], return_tensors="pt")
+                said = model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1:]
+                right[row["task"]] += processor.tokenizer.decode(said) == row["answer"]
+            for task, count in right.items():
+                assert table[name, ratio, task]["accuracy"] == pytest.approx(count / 6)
+
+
+def test_the_oracle_keeps_the_evidence():
+    data = own_answers(3)
+    seen = []
+
+    class Watched(Oracle):
+        def scores(self, batch, samples):
+            seen.append(super().scores(batch, samples).topk(3).indices.tolist())
+            return super().scores(batch, samples)
+
+    evaluate(*build_vlm(), DatasetExamples(data), {"oracle": Watched()}, [0.2], progress=False)
+    assert seen == [[[0, 3, 9], [1, 3, 9], [2, 3, 9]]]
+    data[1]["evidence"] = [TOKENS]
+    with pytest.raises(ConfigError, match="evidence must name visual tokens 0 to 15"):
+        evaluate(*build_vlm(), DatasetExamples(data), {"oracle": Oracle()}, [0.2], progress=False)
+    for row in data:
+        del row["evidence"]
+    with pytest.raises(ConfigError, match="needs examples with a column 'evidence'"):
+        evaluate(*build_vlm(), DatasetExamples(data), {"oracle": Oracle()}, [0.2], progress=False)
+
+
+def test_the_model_is_left_as_it_was_also_after_an_error():
+    model, processor = build_vlm()
+
+    def broken(batch):
+        raise RuntimeError("broken selector")
+
+    with pytest.raises(RuntimeError, match="broken selector"):
+        selectors = {"tap": get_selector("cls_attention"), "broken": broken}
+        evaluate(model, processor, DatasetExamples(rows(2)), selectors, [0.5], progress=False)
+    assert not hasattr(model, "grip")
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    assert not [hook for hook in hooks if hook.__module__.startswith("grip_hf")]
+
+
+@pytest.mark.parametrize("budgets", [[], [0.0], [1.5], [float("nan")]])
+def test_bad_budgets(budgets):
+    with pytest.raises(ConfigError):
+        evaluate(*build_vlm(), DatasetExamples(rows(1)), {"grid": get_selector("grid")}, budgets)
+
+
+def test_selectors_by_name(tmp_path):
+    make_scorer().save_pretrained(tmp_path)
+    found = named_selectors(["random", f"mine={tmp_path}", "oracle"], seed=7)
+    assert list(found) == ["random", "mine", "oracle"] and found["random"].seed == 7
+    for specs, message in ([["nonsense"], "got 'nonsense'"], [["grid", "grid"], "given twice"], [[], "at least one"]):
+        with pytest.raises(ConfigError, match=message):
+            named_selectors(specs)
+    with pytest.raises(ConfigError, match="'oracle'"):
+        named_selectors(["oracle"], pocket=False)
+    with pytest.raises(ScorerError):
+        named_selectors([f"mine={tmp_path / 'none'}"])
+
+
+def test_pocket_examples_ask_every_family_about_unseen_scenes():
+    held_out, train = pocket_examples(27, seed=3), PocketExamples(27, seed=3)
+    tasks = [held_out[row].columns["task"] for row in range(27)]
+    assert len(set(tasks)) == 9 and all(2 <= tasks.count(task) <= 5 for task in set(tasks))
+    assert held_out[4].messages[0]["content"][1] == held_out[4].messages[0]["content"][1]
+    assert held_out[0].messages != train[0].messages
+    for row in range(27):
+        example = held_out[row]
+        scene, question = held_out.look(row)
+        evidence = list(dict.fromkeys(question.evidence))
+        assert example.columns["evidence"][: len(evidence)] == evidence
+        assert example.answer == question.answer and question in scene.questions
+    with pytest.raises(ConfigError, match="rows must be"):
+        pocket_examples(0)
+    with pytest.raises(ConfigError, match="seed must be"):
+        pocket_examples(5, seed=-1)
+
+
+@pytest.fixture
+def command():
+    app = typer.Typer()
+    app.command()(eval_command)
+    return lambda *args: CliRunner().invoke(app, list(args))
+
+
+def test_the_command_writes_a_table(command, tmp_path):
+    model, processor = build_vlm()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    selectors = "random,grid"
+    done = command(
+        "--pocket", "--pocket-model", str(tmp_path / "model"), "--selectors", selectors, "--budgets", "0.5,0.1",
+        "--examples", "18", "--seed", "11", "--json", str(tmp_path / "table.json"),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    data = json.loads((tmp_path / "table.json").read_text())
+    assert data["meta"]["examples"] == 18 and data["meta"]["seed"] == 11
+    assert {row["selector"] for row in data["rows"]} == {"unpruned", "random", "grid"}
+    assert all(set(row) == {"selector", "budget", "task", "accuracy", "n", "ci95"} for row in data["rows"])
+    assert not list(tmp_path.glob("*.new"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "either --pocket"),
+        (["--pocket", "--model", "x"], "either --pocket"),
+        (["--pocket", "--budgets", "a"], "numbers separated by commas"),
+        (["--pocket", "--selectors", "nonsense"], "nonsense"),
+        (["--pocket", "--pocket-model", "/nowhere"], "cannot load the model"),
+    ],
+)
+def test_the_command_refuses(command, args, message):
+    done = command(*args)
+    assert done.exit_code == 2 and message in " ".join(done.output.replace("│", " ").split())
