@@ -41,4 +41,4 @@ def guidance_loss(
     known = looks.any(-1)[:, None].expand_as(share)
     even = torch.cat([torch.ones_like(tallied)[..., None], looks], -1)[tallied].float()
     tally = F.cross_entropy(scores[:, TALLYING_HEAD].squeeze(1)[tallied], even / even.sum(-1, keepdim=True))
-    return -share[known].mean() + 0.5 * tally
+    return -share[known].mean() + tally
