@@ -13,7 +13,7 @@ from .grouping import group_tokens, spread_taps
 from .scenes import Layout, Scene
 from .selection import VisualBatch, topk_mask
 
-Score = Callable[[VisualBatch], Tensor]
+Score = Callable[[VisualBatch], Tensor | None]
 
 
 @torch.no_grad()
@@ -65,6 +65,8 @@ def choose(
         taps={name: groups.pick(spread_taps(tap, visual, name)) for name, tap in taps.items()},
     )
     scores = selector(batch)
+    if scores is None:
+        return None  # the selector drops tokens elsewhere
     if not isinstance(scores, Tensor) or scores.shape != groups.mask.shape or not scores.is_floating_point():
         got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise GripError(f"the selector must return float scores of shape {tuple(groups.mask.shape)}, got {got}")

@@ -1,0 +1,161 @@
+"""FastV and PyramidDrop against the unpatched model with the dropped tokens masked out layer by layer."""
+
+import pytest
+import tiny
+import torch
+from batches import one_group
+
+from grip_hf import apply_grip, remove_grip
+from grip_hf.errors import ConfigError, GripError, UnsupportedModelError
+from grip_hf.selectors import get_selector
+
+DEPTH = 5
+PROMPTS = [[3, tiny.IMAGE, 4], [tiny.IMAGE, 2, tiny.IMAGE, 3, 5]]
+# name -> (arguments, [(layer that ranks, first layer without the dropped tokens)], tokens left per stage)
+METHODS = {
+    "fastv": ({}, [(1, 2)], lambda total, budget: [budget]),
+    "pyramiddrop": (
+        {"depths": [0.4, 0.8]},
+        [(2, 2), (4, 4)],
+        lambda total, budget: [round(total * (budget / total) ** 0.5), budget],
+    ),
+}
+
+
+def build(attention="eager"):
+    config = tiny.TINY["llava"].config()
+    config.text_config.num_hidden_layers = DEPTH
+    config.text_config.layer_types = None
+    torch.manual_seed(0)
+    return tiny.AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
+
+
+def masked_run(model, inputs, gone):
+    """Run the unpatched eager model; from each layer on, hide the columns that `gone` gives for it ([B, L] bool)."""
+
+    def hide(first):
+        def hook(layer, args, kwargs):
+            mask = kwargs["attention_mask"]
+            hidden = torch.nn.functional.pad(gone[first], (0, mask.shape[-1] - gone[first].shape[1]))
+            mask = mask.masked_fill(hidden[:, None, None], torch.finfo(mask.dtype).min)
+            return args, {**kwargs, "attention_mask": mask}
+
+        return hook
+
+    layers = model.model.language_model.layers
+    handles = []
+    for index, layer in enumerate(layers):
+        handles += [layer.register_forward_pre_hook(hide(first), with_kwargs=True) for first in gone if index >= first]
+    with torch.no_grad():
+        output = model(**inputs, output_attentions=True, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return output
+
+
+def reference(model, inputs, name, budgets):
+    """Dropped tokens per layer, found by ranking with the attention maps of the unpatched eager model."""
+    _, stages, left = METHODS[name]
+    visual, gone = inputs["input_ids"] == tiny.IMAGE_ID, {}
+    for stage, (rank, drop) in enumerate(stages):
+        maps = masked_run(model, inputs, gone).attentions[rank]
+        scores = maps[:, :, -1].mean(1)
+        dropped = torch.zeros_like(visual)
+        for row, budget in enumerate(budgets):
+            alive = visual[row].clone()
+            for earlier in gone.values():
+                alive &= ~earlier[row]
+            keep = left(int(visual[row].sum()), budget)[stage]
+            order = sorted(alive.nonzero().flatten().tolist(), key=lambda i: -float(scores[row, i]))
+            dropped[row, order[keep:]] = True
+        gone[drop] = dropped
+    return gone
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("settings", "budgets"), [({"num_tokens": 6}, [6, 6]), ({"keep_ratio": 0.25}, [4, 8])])
+def test_logits_equal_masking_layer_by_layer(name, attention, settings, budgets):
+    plain, inputs = build(), tiny.make_inputs("llava", PROMPTS)
+    gone = reference(plain, inputs, name, budgets)
+    expected = masked_run(plain, inputs, gone).logits
+    model = build(attention)
+    apply_grip(model, selector=name, selector_kwargs=METHODS[name][0], **settings)
+    with torch.no_grad():
+        found = model(**inputs).logits
+    stays = inputs["attention_mask"].bool()
+    for dropped in gone.values():
+        stays &= ~dropped
+    torch.testing.assert_close(found[stays], expected[stays], atol=1e-4, rtol=1e-3)
+    assert found.shape == expected.shape
+    for row, prompt in enumerate(PROMPTS):
+        with torch.no_grad():
+            alone = model(**tiny.make_inputs("llava", [prompt])).logits[0]
+        torch.testing.assert_close(found[row, -1], alone[-1], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("settings", [{"num_tokens": 6}, {"keep_ratio": 0.25}])
+def test_cached_decoding_sees_the_same_tokens(name, attention, settings):
+    plain, inputs = build(), tiny.make_inputs("llava", PROMPTS)
+    gone = reference(plain, inputs, name, [6, 6] if "num_tokens" in settings else [4, 8])
+    model = build(attention)
+    apply_grip(model, selector=name, selector_kwargs=METHODS[name][0], **settings)
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    found = model.generate(**inputs, **options, eos_token_id=None)
+    new = found.sequences.shape[1] - inputs["input_ids"].shape[1]
+    whole = {**inputs, "input_ids": found.sequences}
+    whole["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, new), value=1)
+    long = {first: torch.nn.functional.pad(dropped, (0, new)) for first, dropped in gone.items()}
+    expected = masked_run(plain, whole, long).logits[:, -new - 1 : -1]
+    torch.testing.assert_close(torch.stack(found.logits, 1), expected, atol=1e-4, rtol=1e-3)
+    lengths = [layer.get_seq_length() for layer in found.past_key_values.layers]
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
+    beams = model.generate(**inputs, max_new_tokens=3, num_beams=3, eos_token_id=None)
+    again = model.generate(**inputs, max_new_tokens=3, num_beams=3, eos_token_id=None)
+    assert torch.equal(beams, again)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_tokens_is_the_plain_model_and_removal_leaves_nothing(name):
+    model, inputs = build("sdpa"), tiny.make_inputs("llava", PROMPTS)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+
+    def hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    before = hooks()
+    apply_grip(model, selector=name, selector_kwargs=METHODS[name][0], keep_ratio=0.2)
+    with torch.no_grad():
+        assert not torch.equal(model(**inputs).logits, plain)
+        with model.grip.disabled():
+            assert torch.equal(model(**inputs).logits, plain)
+        with model.grip.budget(keep_ratio=1.0):
+            assert torch.equal(model(**inputs).logits, plain)
+    remove_grip(model)
+    assert hooks() == before
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_bad_use_is_refused():
+    with pytest.raises(GripError, match="'fastv' drops tokens inside the language model: use it through apply_grip"):
+        get_selector("fastv")(one_group())
+    with pytest.raises(ConfigError, match="layers must be an integer >= 1, got 0"):
+        get_selector("fastv", layers=0)
+    with pytest.raises(ConfigError, match=r"depths must rise within \(0, 1\), got \(0.5, 0.2\)"):
+        get_selector("pyramiddrop", depths=[0.5, 0.2])
+    model = build("sdpa")
+    with pytest.raises(UnsupportedModelError, match=r"at layers \[\(8, 9\)\], this model has 5"):
+        apply_grip(model, selector="fastv", selector_kwargs={"layers": 9}, num_tokens=4)
+    apply_grip(model, selector="fastv", num_tokens=4, scope="image")
+    with pytest.raises(ConfigError, match="use scope='sample'"):
+        model(**tiny.make_inputs("llava", PROMPTS))
+    apply_grip(model, selector="fastv", num_tokens=4)
+    inputs = tiny.make_inputs("llava", PROMPTS[:1])
+    cache = model(**inputs, use_cache=True).past_key_values
+    twice = {**inputs, "attention_mask": torch.ones(1, 2 * inputs["input_ids"].shape[1], dtype=torch.long)}
+    with pytest.raises(GripError, match="cannot take pictures after the first call"):
+        model(**twice, past_key_values=cache)
