@@ -64,6 +64,10 @@ def attention_masks(kwargs: dict[str, Any], positions: Tensor, step: Step, confi
         if _uses_flash(config):
             raise GripError("cannot prune a packed batch with flash attention; use sdpa or a padded batch")
         return masks.causal_4d(step.keys, kept, masks.Window(kept, 0), segments, dtype=additive)
+    if cuts_static_keys(config, step.cache):
+        if isinstance(mask, dict):
+            return {kind: masks.mask_2d(one, step.keys) for kind, one in mask.items()}
+        return masks.mask_2d(mask, step.keys)
     if isinstance(mask, dict):
         return {kind: _prepared(one, _layer_of(kind, step.cache), step, additive) for kind, one in mask.items()}
     if mask is not None and mask.ndim != 2:
@@ -74,6 +78,11 @@ def attention_masks(kwargs: dict[str, Any], positions: Tensor, step: Step, confi
         return masks.mask_2d(mask, step.keys)
     # With a cache no mask means causal attention; without one a mask keeps gaps from being read as packing.
     return None if step.keys.full and step.cache is not None else masks.mask_2d(None, step.keys)
+
+
+def cuts_static_keys(config: Any, cache: Cache | None) -> bool:
+    """Whether attention tells the filled part of a static cache from the length of a 2-D mask, as flash does."""
+    return cache is not None and cache.is_compileable and _uses_flash(config)
 
 
 def needs_windows(config: Any, length: int) -> bool:

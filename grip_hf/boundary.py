@@ -18,15 +18,16 @@ from torch import Tensor, nn
 
 from . import taps
 from .architectures import Parts
-from .attention import Step, needs_windows
+from .attention import Step
 from .budgets import Budget
 from .cache import CacheState, PrunedCache, physical_length, set_state, state_of
-from .calls import Call, calls, prompt_text, taps_of
+from .calls import Answer, Call, calls, prompt_text, taps_of
 from .choose import Score, choose
 from .errors import GripError
-from .inputs import decode_inputs, prune_inputs, real_tokens
+from .inputs import decode_inputs, decodes_simply, prune_inputs, real_tokens
 from .masks import KeyMap
-from .pruning import Plan, expand, identity_plan, make_plan, source_slots
+from .outputs import cache_of, expand_output
+from .pruning import Plan, identity_plan, make_plan
 from .scenes import Scene
 
 
@@ -63,11 +64,12 @@ class Boundary:
         ]
 
     def before_owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the labels, which tell the answer from the prompt."""
-        if calls.labels:
-            calls.labels.pop(id(self), None)
-        if kwargs.get("labels") is not None:
-            calls.labels[id(self)] = kwargs["labels"]
+        """Remember what tells the answer from the prompt."""
+        if calls.answers:
+            calls.answers.pop(id(self), None)
+        labels, rows = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
+        if labels is not None or (isinstance(rows, int) and rows > 1):
+            calls.answers[id(self)] = Answer(labels, max(rows - 1, 0) if isinstance(rows, int) else 0)
 
     def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember what the visual tokens can be told from."""
@@ -81,8 +83,8 @@ class Boundary:
         outputs = [one for one in encoded.values() if one is not None] if isinstance(encoded, dict) else []
         if not outputs:
             taps.clear()  # the pictures of this call are encoded within it
-        mask, labels = kwargs.get("attention_mask"), calls.labels.pop(id(self), None)
-        calls.running[id(self)] = Call(input_ids, embeds, mask, outputs, labels)
+        mask, answer = kwargs.get("attention_mask"), calls.answers.pop(id(self), None)
+        calls.running[id(self)] = Call(input_ids, embeds, mask, outputs, answer)
 
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forget the call, also after an exception."""
@@ -97,13 +99,13 @@ class Boundary:
         if call is None:
             if cache is None or state is None or state.trivial or embeds is None:
                 return None
-            if embeds.shape[1] == 1 and self._decodes_simply(kwargs.get("attention_mask"), module, cache, state):
+            if embeds.shape[1] == 1 and decodes_simply(kwargs.get("attention_mask"), module.config, cache, state):
                 kwargs = decode_inputs(kwargs, cache, state)
                 cache.grip_inside = True
                 return args, kwargs
         if args or embeds is None:
             raise GripError("cannot prune: the language model was called without inputs_embeds=...")
-        call = call if call is not None else Call(None, embeds, None, [])
+        call = call if call is not None else Call(None, None, None, [])
         plan, call.state, call.step = self._plan(call, kwargs, state)
         if plan is None:
             return None
@@ -112,17 +114,6 @@ class Boundary:
         if isinstance(cache, PrunedCache):
             cache.grip_inside = True
         return args, kwargs
-
-    def _decodes_simply(self, mask: Any, module: nn.Module, cache: Any, state: CacheState) -> bool:
-        """Whether one more token needs no masks of its own."""
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            return False
-        config: Any = module.config
-        if getattr(config, "sliding_window", None) is None:
-            return True
-        # Far enough behind the dropped positions, a window holds only what is contiguous.
-        behind = physical_length(cache) - state.index.shape[1]
-        return bool(behind >= config.sliding_window) or not needs_windows(config, state.visual.shape[1] + behind + 1)
 
     def after_language_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -134,17 +125,18 @@ class Boundary:
         call = calls.running.get(id(self))
         if call is None or call.state is None or output is None:
             return None
-        cache = cache if cache is not None else _cache_of(output)
+        cache = cache if cache is not None else cache_of(output)
         if cache is not None:
             set_state(cache, call.state)
-        return None if call.step is None else _expand_output(output, call.step.plan)
+        return None if call.step is None else expand_output(output, call.step.plan)
 
     def visual_tokens(self, call: Call, embeds: Tensor) -> Tensor:
         """[B, L] bool: which tokens of a call stand for pictures or videos."""
         if call.input_ids is not None:
             wanted = torch.tensor(self.parts.token_ids, device=embeds.device)
             return torch.isin(call.input_ids.to(embeds.device), wanted)
-        assert call.inputs_embeds is not None
+        if call.inputs_embeds is None:  # a decoding step
+            return torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         table = self.parts.base.get_input_embeddings()  # type: ignore[operator]
         ids = torch.tensor(self.parts.token_ids, device=call.inputs_embeds.device)
         return (call.inputs_embeds[:, :, None] == table(ids)).all(-1).any(-1)
@@ -163,7 +155,7 @@ class Boundary:
             return None, None, None
         mask = kwargs.get("attention_mask") if call.attention_mask is None else call.attention_mask
         real = real_tokens(mask, past_logical, visual)
-        stays = self._stays(call, kwargs, visual, real) if seen else None
+        stays = self._stays(call, kwargs, state, visual, real) if seen else None
         keep = torch.ones_like(visual) if stays is None else real & (~visual | stays)
         plan = identity_plan(batch, length, embeds.device) if stays is None else make_plan(keep)
         before = _keys_before(state, batch, past, embeds.device)
@@ -178,17 +170,30 @@ class Boundary:
             return None, after, None
         return plan, after, step
 
-    def _stays(self, call: Call, kwargs: dict[str, Any], visual: Tensor, real: Tensor) -> Tensor | None:
+    def _stays(
+        self, call: Call, kwargs: dict[str, Any], state: CacheState | None, visual: Tensor, real: Tensor
+    ) -> Tensor | None:
         """[B, L] bool: the visual tokens that the selector keeps, or None if all stay."""
         budget = self.budget()
         if budget.everything or budget.keep_ratio == 1:
             return None
         text = prompt_text(call, kwargs, real & ~visual)
         features = taps_of(call)
+        cache = kwargs.get("past_key_values")
+        _refuse_split_picture(state, visual, 0 if cache is None else int(cache.get_seq_length()))
         base, family = self.parts.base, self.parts.family
         tile = family.tile(base.config)
         scene = Scene(visual, call.input_ids, kwargs["inputs_embeds"], kwargs.get("position_ids"), base, tile)
         return choose(self.selector, budget, self.per_image, family.layout, scene, text, features)
+
+
+def _refuse_split_picture(state: CacheState | None, visual: Tensor, past: int) -> None:
+    """A picture whose tokens come in two calls (chunked prefill) cannot be pruned as a whole."""
+    if state is not None and state.visual.shape[1] == past and bool((state.visual[:, -1:] & visual[:, :1]).any()):
+        raise GripError(
+            "a picture is split over two calls of the model, so that its tokens cannot be compared; choose "
+            "prefill_chunk_size=None or a size that does not cut it, or use `with model.grip.disabled()`"
+        )
 
 
 def _keys_before(state: CacheState | None, batch: int, past: int, device: torch.device) -> KeyMap:
@@ -213,43 +218,3 @@ def _state_after(step: Step, visual: Tensor) -> CacheState:
     return CacheState(
         step.keys.index, step.keys.valid, torch.cat([earlier, visual], 1), dropped, step.keys.full, shift
     )
-
-
-def _cache_of(output: Any) -> Any:
-    """The cache that the language model made itself, if any."""
-    if isinstance(output, tuple):
-        return next((item for item in output if hasattr(item, "get_seq_length")), None)
-    return output.get("past_key_values")
-
-
-def _check_sliced(rows: int, plan: Plan) -> None:
-    """Some models return only the last rows that `logits_to_keep` asks for; these must be what they seem."""
-    last = torch.arange(plan.length - rows, plan.length, device=plan.index.device)
-    if not bool((plan.index[:, -rows:] == last).all()):
-        raise GripError(f"the language model returned its last {rows} positions, some of which were dropped")
-
-
-def _expand_output(output: Any, plan: Plan) -> Any:
-    """The language model's output with hidden states of the logical length."""
-    kept = plan.index.shape[1]
-    if kept == plan.length and plan.full:
-        return None
-    first = output[0]
-    if first.shape[1] != kept:
-        _check_sliced(first.shape[1], plan)
-        return None
-    source = source_slots(plan)
-
-    def grown(hidden: Any) -> Any:
-        if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[1] == kept:
-            return expand(hidden, source)
-        if isinstance(hidden, tuple):
-            return tuple(grown(one) for one in hidden)
-        return hidden
-
-    if isinstance(output, tuple):
-        return (grown(output[0]), *output[1:])
-    output.last_hidden_state = grown(output.last_hidden_state)
-    if output.get("hidden_states") is not None:
-        output.hidden_states = grown(output.hidden_states)
-    return output

@@ -29,6 +29,7 @@ class CacheState:
         dropped: logical minus physical length.
         full: True if every slot is valid.
         shift: [B, 1] long, how far later positions move back, if positions are compact; else None.
+        columns: for a static cache, what will lie in each of its slots, so that decoding need not look at lengths.
     """
 
     index: Tensor
@@ -37,6 +38,7 @@ class CacheState:
     dropped: int
     full: bool
     shift: Tensor | None = None
+    columns: KeyMap | None = None
 
     @property
     def trivial(self) -> bool:
@@ -48,7 +50,7 @@ class CacheState:
         rows = rows.to(self.index.device)
         shift = None if self.shift is None else self.shift[rows]
         picked = {name: getattr(self, name)[rows] for name in ("index", "valid", "visual")}
-        return dataclasses.replace(self, **picked, shift=shift)
+        return dataclasses.replace(self, **picked, shift=shift, columns=None)
 
     def crop(self, slots: int) -> CacheState:
         """State of a cache cut down to `slots` physical slots; only slots after the last dropped position may go."""
@@ -65,6 +67,13 @@ class CacheState:
         return dataclasses.replace(
             self, index=self.index[:, :-cut], valid=self.valid[:, :-cut], visual=self.visual[:, :-cut]
         )
+
+    def with_columns(self, slots: int) -> CacheState:
+        """This state with `columns` for a static cache of `slots` slots."""
+        keys = self.keys(slots)
+        inside = keys.index < slots
+        columns = KeyMap(keys.index.clamp(max=slots - 1), keys.valid & inside, full=False)
+        return dataclasses.replace(self, columns=columns)
 
     def keys(self, slots: int) -> KeyMap:
         """The first `slots` >= P0 physical keys in logical terms."""
@@ -170,6 +179,8 @@ def set_state(cache: Any, state: CacheState) -> None:
     if not isinstance(cache, PrunedCache):
         cache.__class__ = _pruned_class(type(cache))
         cache.grip_inside = False
+    if cache.is_compileable and not any(cache.is_sliding) and not state.trivial:
+        state = state.with_columns(cache.get_max_length())
     cache.grip_state = state
 
 

@@ -14,6 +14,14 @@ from .attention import Step
 from .cache import CacheState
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a caller says about the text that follows the prompt: `labels` [B, L], or its `length` from the end."""
+
+    labels: Tensor | None
+    length: int
+
+
 @dataclasses.dataclass
 class Call:
     """One call of the base model, while it runs."""
@@ -22,17 +30,17 @@ class Call:
     inputs_embeds: Tensor | None
     attention_mask: Any
     encoded: list[Any]
-    labels: Tensor | None = None
+    answer: Answer | None = None
     step: Step | None = None
     state: CacheState | None = None
 
 
 class Calls(threading.local):
-    """What runs in this thread: calls of base models, and labels given to the models around them, by boundary."""
+    """What runs in this thread: calls of base models, and answers given to the models around them, by boundary."""
 
     def __init__(self) -> None:
         self.running: dict[int, Call] = {}
-        self.labels: dict[int, Tensor] = {}
+        self.answers: dict[int, Answer] = {}
 
 
 calls = Calls()
@@ -51,16 +59,19 @@ def taps_of(call: Call) -> dict[str, Tensor]:
 def prompt_text(call: Call, kwargs: dict[str, Any], text: Tensor) -> Tensor:
     """[B, L] bool: the part of `text` [B, L] that is prompt, so that the choice does not depend on the answer.
 
-    In training, labels mark the answer; a row whose text is all labelled is taken whole. In generation without a
-    cache, the answer is what was not there in the first call.
+    In training, labels mark the answer. A caller who asks for the last n logits scores n - 1 tokens: an answer, or
+    the candidates of assisted decoding. In generation without a cache, the answer is what the first call had not. A
+    row without any text before its answer is taken whole.
     """
     prompt = _prompt_length(call, kwargs)
     if prompt is not None:
         return text & (torch.arange(text.shape[1], device=text.device) < prompt)
-    if call.labels is not None and call.labels.shape == text.shape:
-        asked = text & (call.labels.to(text.device) == -100)
-        return torch.where(asked.any(1, keepdim=True), asked, text)
-    return text
+    if call.answer is None:
+        return text
+    asked = text & (torch.arange(text.shape[1], device=text.device) < text.shape[1] - call.answer.length)
+    if call.answer.labels is not None and call.answer.labels.shape == text.shape:
+        asked = asked & (call.answer.labels.to(text.device) == -100)
+    return torch.where(asked.any(1, keepdim=True), asked, text)
 
 
 def _prompt_length(call: Call, kwargs: dict[str, Any]) -> int | None:

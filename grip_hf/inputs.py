@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from . import masks
-from .attention import Step, attention_masks, flash_arguments
+from .attention import Step, attention_masks, cuts_static_keys, flash_arguments, needs_windows
 from .cache import CacheState, physical_length
 from .errors import GripError
 from .pruning import Plan, compact_positions, take, take_last
@@ -98,16 +98,37 @@ def _deepstack(kwargs: dict[str, Any], plan: Plan) -> dict[str, Any]:
     }
 
 
+def decodes_simply(mask: Any, config: Any, cache: Cache, state: CacheState) -> bool:
+    """Whether `decode_inputs` can do a one-token step on a pruned cache."""
+    if mask is None and cuts_static_keys(config, cache):
+        return False
+    prepared = list(mask.values()) if isinstance(mask, dict) else [mask]
+    if isinstance(mask, dict) or (mask is not None and mask.ndim == 4):
+        return state.columns is not None and all(one is not None and one.ndim == 4 for one in prepared)
+    if mask is not None and mask.ndim != 2:
+        return False
+    if getattr(config, "sliding_window", None) is None:
+        return True
+    # Far enough behind the dropped positions, a window holds only what is contiguous.
+    behind = physical_length(cache) - state.index.shape[1]
+    return bool(behind >= config.sliding_window) or not needs_windows(config, state.visual.shape[1] + behind + 1)
+
+
 def decode_inputs(kwargs: dict[str, Any], cache: Cache, state: CacheState) -> dict[str, Any]:
-    """Arguments of a one-token step on a pruned cache, with a 2-D mask or none; does as little as possible.
+    """Arguments of a one-token step on a pruned cache (see `decodes_simply`); does as little as possible.
 
     Only what differs from the unpruned call is rebuilt: columns of a given mask, the mask that `generate` leaves out
     when nothing is padded although fillers are, and positions that would be counted from the physical length.
     """
-    mask, new = kwargs.get("attention_mask"), {}
+    mask = kwargs.get("attention_mask")
+    new: dict[str, Any] = {}
     if mask is None:
         if not state.full:
             new["attention_mask"] = masks.mask_2d(None, state.keys(physical_length(cache) + 1))
+    elif state.columns is not None and isinstance(mask, dict):
+        new["attention_mask"] = {kind: masks.pick_columns(one, state.columns) for kind, one in mask.items()}
+    elif state.columns is not None and mask.ndim == 4:
+        new["attention_mask"] = masks.pick_columns(mask, state.columns)
     else:
         head = mask.gather(1, state.index)
         head = head if state.full else head * state.valid.to(head.dtype)

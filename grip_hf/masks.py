@@ -70,6 +70,13 @@ def mask_4d(mask: Tensor, queries: Tensor, keys: KeyMap, logical: Window, physic
     return restrict(mask, seen[:, None, None])
 
 
+def pick_columns(mask: Tensor, columns: KeyMap) -> Tensor:
+    """Pick the columns of a prepared mask for every slot of a static cache: [B or 1, heads or 1, Q, slots]."""
+    mask = mask.expand(columns.index.shape[0], -1, -1, -1)
+    picked = mask.gather(3, columns.index[:, None, None].expand(-1, *mask.shape[1:3], -1))
+    return restrict(picked, columns.valid[:, None, None])
+
+
 def restrict(mask: Tensor, seen: Tensor) -> Tensor:
     """Block what is not `seen` (bool, broadcast) in a bool or additive mask."""
     if mask.dtype == torch.bool:

@@ -30,6 +30,7 @@ LEVELS = {
     "attention": 3,
     "choose": 3,
     "inputs": 3,
+    "outputs": 3,
     "calls": 3,
     "boundary": 4,
     "patch": 5,
