@@ -2,19 +2,101 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
-SUBFOLDER = "grip"
-CONFIG_FILE = "grip_config.json"
+from .download import CONFIG_FILE, SUBFOLDER, fetch, is_repo_id
+
+__all__ = ["CONFIG_FILE", "SUBFOLDER", "SaveWithGrip", "attached_folder", "came_from"]
 
 
-def attached_folder(model: Any) -> str | None:
+def came_from(model: Any) -> str:
+    """The folder or repository id that a model was loaded from, or "" if it was built in code."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
+
+
+def attached_folder(model: Any, **hub: Any) -> str | None:
     """The folder with the GRIP part of the checkpoint that a model was loaded from, or None if it has none.
 
     Args:
         model: A transformers model.
+        **hub: `revision`, `token`, ... of that checkpoint, if it is on the Hub (see `fetch`).
+
+    Raises:
+        HubError: The checkpoint is on the Hub, and cannot be looked into.
     """
-    path = getattr(getattr(model, "config", None), "_name_or_path", None)
+    path = came_from(model)
+    if path and is_repo_id(path):
+        found = fetch(path, subfolder=SUBFOLDER, **hub)
+        return None if found is None else str(found)
     folder = os.path.join(path, SUBFOLDER) if path else ""
     return folder if os.path.isfile(os.path.join(folder, CONFIG_FILE)) else None
+
+
+class SaveWithGrip:
+    """Stands in for `save_pretrained` of a patched model: the model's own, and then the GRIP part beside it.
+
+    It lies on the instance like the handle does, so copies and pickles carry their own, and `model.push_to_hub`, which
+    saves through it, uploads the part too.
+
+    Args:
+        handle: The `GripHandle` of the model.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+        self.before: Any = None  # what lay on the instance before, if anything
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the model's own method."""
+        return inspect.signature(self._own())
+
+    def _own(self) -> Any:
+        owner = self.handle.owner
+        return self.before or type(owner).save_pretrained.__get__(owner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model, then its GRIP part; `push_to_hub=True` uploads both."""
+        given = self.__signature__.bind(*args, **kwargs).arguments
+        result = self._own()(*args, **kwargs)
+        if given.get("is_main_process", True):
+            folder = os.path.join(given["save_directory"], SUBFOLDER)
+            extra = given.get("kwargs", {})
+            if self.handle.save_part(folder) and given.get("push_to_hub"):
+                self._upload(folder, given["save_directory"], {"token": given.get("token"), **extra})
+        return result
+
+    def _upload(self, folder: str, directory: Any, options: dict[str, Any]) -> None:
+        """Upload the part after the rest, which `save_pretrained(push_to_hub=True)` has uploaded by itself."""
+        from huggingface_hub import HfApi
+
+        from .download import hub_errors
+
+        name = options.get("repo_id") or os.path.basename(os.path.normpath(directory))
+        with hub_errors(f"upload the GRIP part to {name!r}"):
+            api = HfApi(token=options.get("token"))
+            api.upload_folder(
+                repo_id=api.create_repo(name, exist_ok=True).repo_id,
+                folder_path=folder,
+                path_in_repo=SUBFOLDER,
+                revision=options.get("revision"),
+                create_pr=options.get("create_pr", False),
+                commit_message="Upload the GRIP part",
+            )
+
+    def attach(self) -> None:
+        """Put itself on the model."""
+        self.before = vars(self.handle.owner).get("save_pretrained")
+        self.handle.owner.save_pretrained = self
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        owner = self.handle.owner
+        if vars(owner).get("save_pretrained") is not self:
+            return
+        if self.before is None:
+            del owner.save_pretrained
+        else:
+            owner.save_pretrained = self.before

@@ -23,3 +23,7 @@ class ScorerError(GripError, ValueError):
 
 class CacheError(GripError, RuntimeError):
     """A KV cache was asked for something that its pruned entries cannot give."""
+
+
+class HubError(GripError, RuntimeError):
+    """The Hub did not give or take something: no such repository, a wrong token, no connection, a strange file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from . import taps
 from .architectures import Parts, find_parts, unwrap
-from .attached import CONFIG_FILE, attached_folder
+from .attached import CONFIG_FILE, SaveWithGrip
 from .boundary import Boundary
 from .budgets import Budget, current, override
 from .cache import CacheState, state_of
 from .choose import Score
 from .config import GripConfig
-from .errors import CacheError, ConfigError, ScorerError, UnsupportedModelError
+from .errors import CacheError, ScorerError, UnsupportedModelError
+from .resolve import describe_base, resolve
 
 __all__ = ["GripHandle", "apply_grip", "remove_grip", "taps"]
 
@@ -39,6 +41,7 @@ class GripHandle:
         compact = config.position_ids == "compact"
         self._boundary = Boundary(parts, selector, config.scope == "image", compact, self._budget)
         self._hooks: list[Any] = []
+        self._saver = SaveWithGrip(self)
 
     def __repr__(self) -> str:
         return f"GripHandle({type(self._parts.owner).__name__}, {self.config})"
@@ -75,18 +78,65 @@ class GripHandle:
         """
         return kept_tokens(cache_or_output)
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write the settings, and the scorer if there is one, to `directory`; no weight of the model is written."""
-        os.makedirs(directory, exist_ok=True)
+    @property
+    def owner(self) -> nn.Module:
+        """The patched model, without adapters around it."""
+        return self._parts.owner
+
+    def save_pretrained(self, directory: str | os.PathLike[str], **card: Any) -> None:
+        """Write the settings, the scorer if there is one, and a model card; no weight of the model is written.
+
+        Args:
+            directory: Where to. A card that lies there keeps what people wrote in it.
+            **card: What the card tells: `results`, `training`, `license` (see `grip_hf.card.Facts`).
+
+        Raises:
+            ConfigError: The selector is a callable, which cannot be saved.
+        """
+        from .hub import save  # imported late: it builds on this module's level
+
+        save(self, directory, **card)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes, in one commit; returns its address. See `grip_hf.hub.push`.
+
+        Args:
+            repo_id: The repository, made if it is missing.
+            **options: `private`, `token`, `revision`, `create_pr`, `commit_message`, and those of `save_pretrained`.
+
+        Raises:
+            HubError: The repository holds something else than a scorer, or the Hub did not take the upload, in which
+                case nothing in it was changed.
+        """
+        from .hub import push
+
+        return push(self, repo_id, **options)
+
+    def save_part(self, folder: str | os.PathLike[str]) -> bool:
+        """Write the settings and the scorer, without a card; False, with a warning, if they cannot be saved."""
+        if not self.can_be_saved:
+            warnings.warn("a selector that is a callable is not saved with the model", UserWarning, stacklevel=2)
+            return False
+        os.makedirs(folder, exist_ok=True)
         if self.scorer is not None:
-            self.scorer.save_pretrained(directory)  # type: ignore[operator]
-        self.config.to_json(os.path.join(directory, CONFIG_FILE))
+            scorer: Any = self.scorer
+            if scorer.config.base_model is None:
+                scorer.config.base_model = describe_base(self.owner)
+            scorer.save_pretrained(folder)
+        self.config.to_json(os.path.join(folder, CONFIG_FILE))
+        return True
+
+    @property
+    def can_be_saved(self) -> bool:
+        """Whether the settings tell who chooses."""
+        return getattr(self.selector, "name", None) == self.config.selector
 
     def remove(self) -> None:
         """Remove the patch; the model is exactly as before. Doing so twice is harmless."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._saver.remove()
         if self._parts.owner.__dict__.get("grip") is self:
             del self._parts.owner.grip
 
@@ -96,6 +146,10 @@ def apply_grip(
     config_or_scorer_or_repo: Any = None,
     *,
     selector: Score | str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
     **overrides: Any,
 ) -> nn.Module:
     """Prune the visual tokens of `model` in place: from now on, each call keeps as many as its budget allows.
@@ -108,6 +162,10 @@ def apply_grip(
         config_or_scorer_or_repo: a `GripConfig` (or dict of its settings), a `GripScorer`, or the directory or Hub id
             of a saved scorer. None takes the GRIP part of the checkpoint that the model came from, if any.
         selector: a selector's name, or any callable from `VisualBatch` to scores [G, N]. Overrides the config's.
+        revision: branch, tag or commit of the Hub repository to read.
+        token: access token for the Hub; None takes the stored one.
+        cache_dir: another cache for downloads than the usual one.
+        local_files_only: take what is in the cache; do not ask the Hub.
         **overrides: settings of `GripConfig` to change, such as `keep_ratio=0.25`.
 
     Returns:
@@ -117,20 +175,22 @@ def apply_grip(
         UnsupportedModelError: The model's family is not supported, or cannot give what the selector needs.
         ConfigError: A setting is not allowed.
         ScorerError: The scorer is missing, damaged, or made for another model.
+        HubError: The Hub repository cannot be read, or holds something else than JSON and safetensors.
     """
     parts = find_parts(model)
-    config, scorer = _resolve(parts, config_or_scorer_or_repo, selector, overrides)
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    config, scorer = resolve(parts, config_or_scorer_or_repo, selector, overrides, hub)
     if config.position_ids == "compact" and parts.family.mrope:
         raise UnsupportedModelError(
             f"position_ids='compact' is not defined for {type(parts.owner).__name__}, whose positions have several "
             "axes; use position_ids='original'"
         )
-    _check_scorer(parts, scorer)
     chosen = selector if callable(selector) else _named_selector(config, scorer)
     handle = GripHandle(parts, config, chosen, scorer)
     hooks = list(_prepare(chosen, parts))
     remove_grip(parts.owner)
     handle._hooks = [*hooks, *handle._boundary.attach()]
+    handle._saver.attach()
     parts.owner.grip = handle  # type: ignore[assignment]
     return model
 
@@ -159,54 +219,6 @@ def kept_tokens(cache_or_output: Any) -> list[Tensor]:
     return [keep[seen].nonzero().flatten() for keep, seen in zip(held, visual, strict=True)]
 
 
-def _resolve(
-    parts: Parts, source: Any, selector: Any, overrides: dict[str, Any]
-) -> tuple[GripConfig, nn.Module | None]:
-    """The settings and the scorer that the arguments of `apply_grip` ask for."""
-    if isinstance(selector, str):
-        overrides = {**overrides, "selector": selector}
-    elif selector is not None and not callable(selector):
-        raise ConfigError(f"selector must be a name or a callable, got {selector!r}")
-    GripConfig.check_names(overrides)
-    source = GripConfig.from_dict(source) if isinstance(source, Mapping) else source
-    named = overrides.get("selector", source.selector if isinstance(source, GripConfig) else "grip")
-    learned = named == "grip" and not callable(selector)
-    attached = attached_folder(parts.owner) if learned else None
-    config: GripConfig | None = None
-    scorer: nn.Module | None = None
-    if source is None and attached is not None:
-        config, scorer = _load(attached)
-    elif isinstance(source, GripConfig):
-        config = source
-        if attached is not None and "scorer" not in config.selector_kwargs:
-            scorer = _load(attached)[1]
-    elif isinstance(source, nn.Module):
-        scorer = source
-    elif isinstance(source, (str, os.PathLike)):
-        config, scorer = _load(source)
-    elif source is not None:
-        raise ConfigError(
-            f"expected a GripConfig, a GripScorer, or the directory or Hub id of one, got {type(source).__name__}"
-        )
-    elif not overrides:
-        raise ConfigError(
-            "apply_grip(model) needs a budget: give a GripConfig, a scorer or its directory, or keep_ratio=... or "
-            "num_tokens=...; the checkpoint of this model has no GRIP part"
-        )
-    return (GripConfig(**overrides) if config is None else config.replace(**overrides)), scorer
-
-
-def _load(source: str | os.PathLike[str]) -> tuple[GripConfig | None, nn.Module | None]:
-    """The settings and the scorer saved in a directory or Hub repository; either may be missing."""
-    path = os.path.join(source, CONFIG_FILE)
-    config = GripConfig.from_json(path) if os.path.isfile(path) else None
-    if config is not None and config.selector != "grip":
-        return config, None
-    from .scorer import GripScorer  # only needed here
-
-    return config, GripScorer.from_pretrained(source)
-
-
 def _named_selector(config: GripConfig, scorer: nn.Module | None) -> Score:
     """Build the selector that the settings name."""
     from .selectors import get_selector  # imported late: selectors build on this module's level
@@ -220,19 +232,6 @@ def _named_selector(config: GripConfig, scorer: nn.Module | None) -> Score:
             )
         kwargs["scorer"] = scorer
     return get_selector(config.selector, seed=config.seed, **kwargs)
-
-
-def _check_scorer(parts: Parts, scorer: nn.Module | None) -> None:
-    """Refuse a scorer made for embeddings of another width."""
-    if scorer is None:
-        return
-    made_for = getattr(getattr(scorer, "config", None), "hidden_size", None)
-    width = parts.language_model.config.hidden_size  # type: ignore[union-attr]
-    if made_for != width:
-        raise ScorerError(
-            f"this scorer is made for hidden_size {made_for}, but the language model of "
-            f"{type(parts.owner).__name__} has {width}"
-        )
 
 
 def _prepare(selector: Score, parts: Parts) -> Iterable[Any]:

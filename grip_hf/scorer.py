@@ -34,6 +34,7 @@ class GripScorerConfig(PreTrainedConfig):
         num_layers: Blocks in which visual tokens attend to the question and to each other.
         num_heads: Heads per attention; must divide `attention_width`.
         query_aware: Whether the question is read; without it the scorer needs no text.
+        base_model: The model that it is made for, `{"id", "model_type", "text_model_type"}`, or None if not known.
 
     Raises:
         ScorerError: A size is not a positive integer, or `num_heads` does not divide `attention_width`.
@@ -47,6 +48,7 @@ class GripScorerConfig(PreTrainedConfig):
     num_layers: int = 1
     num_heads: int = 4
     query_aware: bool = True
+    base_model: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in ("hidden_size", "width", "attention_width", "num_layers", "num_heads"):

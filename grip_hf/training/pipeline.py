@@ -10,6 +10,7 @@ from torch import nn
 from transformers import set_seed
 
 from ..errors import ConfigError
+from ..resolve import describe_base
 from ..scorer import GripScorer, GripScorerConfig
 from .checkpoints import last_checkpoint, save_scorer
 from .grpo import grpo_config, make_grpo_trainer
@@ -82,7 +83,9 @@ def train(plan: Plan, store: SampleStore, callbacks: list[Any] | None = None) ->
     """
     set_seed(plan.seed)
     width = store.vlm.hidden_size
-    scorer = GripScorer(GripScorerConfig(hidden_size=width, **plan.scorer))
+    scorer = GripScorer(
+        GripScorerConfig(hidden_size=width, base_model=describe_base(store.vlm.parts.owner), **plan.scorer)
+    )
     nn.Module.to(scorer, store.vlm.device)
     if plan.warmup_steps:
         scorer = _stage(plan, "warmup", scorer, store, callbacks)
