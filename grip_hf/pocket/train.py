@@ -19,10 +19,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-from grip_hf.pocket.lessons import Lesson, PocketTrainer, lessons, score
+from grip_hf.pocket.lessons import Lesson, PocketTrainer, lessons
 from grip_hf.pocket.model import build_model, build_processor
-from grip_hf.pocket.questions import CHANCE
-from grip_hf.pocket.scenes import make_scene
+from grip_hf.pocket.report import accuracies
 
 STAGES = ("see", "speak", "both")
 
@@ -35,12 +34,12 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 def train(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished model.")],
-    see_steps: Annotated[int, typer.Option(help="Steps of stage see.")] = 2600,
-    speak_steps: Annotated[int, typer.Option(help="Steps of stage speak.")] = 3400,
-    both_steps: Annotated[int, typer.Option(help="Steps of stage both.")] = 1000,
+    see_steps: Annotated[int, typer.Option(help="Steps of stage see.")] = 1500,
+    speak_steps: Annotated[int, typer.Option(help="Steps of stage speak.")] = 2200,
+    both_steps: Annotated[int, typer.Option(help="Steps of stage both.")] = 450,
     batch: Annotated[int, typer.Option(help="Scenes per step and process.")] = 16,
     rate: Annotated[float, typer.Option(help="Peak learning rate of stages see and speak.")] = 1.5e-3,
-    rate_both: Annotated[float, typer.Option(help="Peak learning rate of stage both.")] = 5e-4,
+    rate_both: Annotated[float, typer.Option(help="Peak learning rate of stage both.")] = 7e-4,
     seed: Annotated[int, typer.Option(help="Seed of weights and scenes.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
     eval_scenes: Annotated[int, typer.Option(help="Held-out scenes of the report after each stage.")] = 2000,
@@ -58,7 +57,9 @@ def train(
         if done < first + steps:
             course.run(stage, first, max(done - first, 0), steps, rate_both if stage == "both" else rate)
             if accelerator.is_main_process:
-                report(trainer, eval_scenes, output / f"accuracy_{stage}.json")
+                rows = accuracies(trainer, eval_scenes)
+                (output / f"accuracy_{stage}.json").write_text(json.dumps(rows, indent=2) + "\n")
+                tqdm.write("  ".join(f"{family} {row['accuracy']:.3f}" for family, row in rows.items()))
             accelerator.wait_for_everyone()
         first += steps
     if accelerator.is_main_process:
@@ -140,16 +141,6 @@ class Course:
             fresh.rename(self.folder)
             shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-
-
-def report(trainer: PocketTrainer, scenes: int, path: Path) -> None:
-    """Print accuracy and chance level per family on held-out scenes, and write them as JSON."""
-    trainer.eval()
-    counts = score(trainer, [make_scene(seed, "test") for seed in range(scenes)])
-    trainer.train()
-    table = {f: {"accuracy": right / max(n, 1), "n": n, "chance": CHANCE[f]} for f, (right, n) in counts.items()}
-    path.write_text(json.dumps(table, indent=2) + "\n")
-    tqdm.write("  ".join(f"{family} {row['accuracy']:.3f}" for family, row in table.items()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""How good the pocket LLaVA is: `python -m grip_hf.pocket.report --scenes 2000 --seed 0`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from grip_hf.pocket.lessons import PocketTrainer, score
+from grip_hf.pocket.model import load_pocket_llava
+from grip_hf.pocket.questions import CHANCE
+from grip_hf.pocket.scenes import make_scene
+from grip_hf.pocket.sprites import STYLES
+
+
+def accuracies(
+    trainer: PocketTrainer, scenes: int, seed: int = 0, styles: Sequence[str] = STYLES[:2]
+) -> dict[str, dict[str, float]]:
+    """Accuracy of the unpruned model, number of questions and chance level, per family, on held-out scenes.
+
+    Args:
+        trainer: Holds the model.
+        scenes: Number of scenes.
+        seed: Seed of the first scene.
+        styles: Art styles of the objects.
+    """
+    mode = trainer.training
+    trainer.eval()
+    counts = score(trainer, [make_scene(seed + i, "test", tuple(styles)) for i in range(scenes)])
+    trainer.train(mode)
+    return {
+        family: {"accuracy": right / max(asked, 1), "n": asked, "chance": CHANCE[family]}
+        for family, (right, asked) in counts.items()
+    }
+
+
+def report(
+    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first scene.")] = 0,
+    styles: Annotated[str, typer.Option(help=f"Art styles, separated by commas, of {', '.join(STYLES)}.")] = (
+        ",".join(STYLES[:2])
+    ),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the table as data.")] = None,
+) -> None:
+    """Ask the shipped pocket LLaVA all questions of held-out scenes, with all of its visual tokens."""
+    chosen = tuple(style.strip() for style in styles.split(","))
+    rows = accuracies(PocketTrainer(load_pocket_llava()[0]), scenes, seed, chosen)
+    table = Table(title=f"unpruned pocket LLaVA, {scenes} held-out scenes from seed {seed}, styles {styles}")
+    for column in ("family", "right", "chance", "questions"):
+        table.add_column(column, justify="left" if column == "family" else "right")
+    for family, row in rows.items():
+        table.add_row(family, f"{row['accuracy']:.1%}", f"{row['chance']:.1%}", str(row["n"]))
+    Console().print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(report)
