@@ -90,6 +90,26 @@ def test_without_an_answer_the_model_is_asked():
     assert torch.equal(sample.answer, wanted)
 
 
+def test_an_answer_never_holds_a_picture():
+    model, processor = build_vlm()
+    image = model.config.image_token_id
+    # A model that would say nothing else: every other word has the opposite logit.
+    with torch.no_grad():
+        model.lm_head.weight[:] = -model.lm_head.weight[image]
+        model.lm_head.weight[image] *= -1
+    row = {name: value for name, value in rows(1)[0].items() if name != "answer"}
+    inputs = processor(images=row["image"], text="<image>" + row["prompt"], return_tensors="pt")
+    with torch.no_grad():
+        sign = 1 if model(**inputs).logits[0, -1].argmax() == image else -1
+        model.lm_head.weight *= sign
+    assert model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1] == image
+    vlm = FrozenVLM(model, processor)
+    messages = DatasetExamples([row])[0].messages
+    assert image not in vlm.prepare([Example(messages)])[0].answer
+    with pytest.raises(DatasetError, match="placeholder of a picture"):
+        vlm.prepare([Example(messages, "a <image>")])
+
+
 def test_two_pictures_in_one_example():
     vlm = FrozenVLM(*build_vlm())
     two = DatasetExamples([{"images": [picture(0), picture(1)], "prompt": "is there any cat", "answer": "yes"}])

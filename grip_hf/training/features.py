@@ -146,13 +146,19 @@ class FrozenVLM:
     def _tokens(self, answer: str) -> Tensor:
         tokenizer = self.processor.tokenizer
         ids = tokenizer(answer, add_special_tokens=False).input_ids
+        if set(ids) & set(self.parts.token_ids):
+            raise DatasetError(f"an answer must not hold a placeholder of a picture, got {answer!r}")
         return torch.tensor([*ids, tokenizer.eos_token_id], device=self.device)
 
     def _say(self, inputs: dict[str, Tensor], encoded: Encoded) -> Tensor:
         """What the unpruned model answers, greedily."""
         with self.model.grip.disabled():
             ids = self.model.generate(
-                **inputs, **_pictures([encoded]), max_new_tokens=self.max_answer_tokens, do_sample=False
+                **inputs,
+                **_pictures([encoded]),
+                max_new_tokens=self.max_answer_tokens,
+                do_sample=False,
+                suppress_tokens=list(self.parts.token_ids),  # an answer holds no pictures
             )
         return ids[0, inputs["input_ids"].shape[1] :]
 

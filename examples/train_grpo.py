@@ -1,0 +1,72 @@
+"""Train a GRIP scorer for any supported vision-language model, in the style of TRL's own scripts.
+
+    accelerate launch examples/train_grpo.py \
+        --model_name_or_path llava-hf/llava-1.5-7b-hf --load_in_4bit \
+        --dataset_name lmms-lab/VQAv2 --dataset_train_split validation \
+        --output_dir grip-llava-1.5-7b --warmup_output grip-llava-1.5-7b/warmup \
+        --max_steps 2000 --num_generations 8 --per_device_train_batch_size 16 --learning_rate 1e-4
+
+Columns of the dataset: `image` or `images`, `prompt`, and perhaps `answer`. `--pocket` trains on the pocket testbed.
+On CPUs: `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_grpo.py ... --use_cpu`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
+
+from grip_hf import GripScorer
+from grip_hf.scorer import GripScorerConfig
+from grip_hf.training.checkpoints import last_checkpoint, save_scorer
+from grip_hf.training.features import FrozenVLM
+from grip_hf.training.grpo import DEFAULTS, FIXED, make_grpo_trainer
+from grip_hf.training.pocket_examples import PocketExamples
+from grip_hf.training.sources import load_model, load_pocket, load_rows
+from grip_hf.training.store import SampleStore
+from grip_hf.training.supervised import training_arguments
+from grip_hf.training.warmup import WarmupTrainer
+
+
+@dataclass
+class GripArguments(ScriptArguments):
+    """What these scripts add to TRL's arguments."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset id or folder."})
+    pocket: bool = field(default=False, metadata={"help": "Train for the pocket model on its scenes."})
+    rows: int = field(default=30_000, metadata={"help": "Most rows to train on."})
+    budgets: list[float] = field(default_factory=lambda: [0.03, 0.6], metadata={"help": "Keep ratios, low and high."})
+    rewards: list[str] = field(default_factory=lambda: ["closeness", "correctness"], metadata={"help": "Rewards."})
+    warmup_steps_supervised: int = field(default=500, metadata={"help": "Steps of the supervised warm-up."})
+    device_map: str | None = field(default=None, metadata={"help": "Device map of the model."})
+
+
+def main(script: GripArguments, args: GRPOConfig, model: ModelConfig) -> None:
+    if script.pocket:
+        vlm, examples = FrozenVLM(*load_pocket(model.model_name_or_path)), PocketExamples(script.rows, args.seed)
+    else:
+        quantize = "4bit" if model.load_in_4bit else "8bit" if model.load_in_8bit else None
+        vlm = FrozenVLM(*load_model(model.model_name_or_path, quantize, script.device_map))
+        examples = load_rows(script.dataset_name, script.dataset_train_split, script.rows)
+    store, budgets = SampleStore(vlm, examples), tuple(script.budgets)
+
+    scorer = GripScorer(GripScorerConfig(hidden_size=vlm.hidden_size)).to(vlm.device)
+    warmup = Path(args.output_dir) / "warmup"
+    if (warmup / "scorer" / "model.safetensors").is_file():
+        scorer = GripScorer.from_pretrained(warmup / "scorer").to(vlm.device)
+    elif script.warmup_steps_supervised:
+        settings = {"max_steps": script.warmup_steps_supervised, "use_cpu": args.use_cpu, "report_to": args.report_to}
+        trainer = WarmupTrainer(scorer, store, training_arguments(str(warmup), **settings), budgets)
+        trainer.train(resume_from_checkpoint=last_checkpoint(warmup, vlm.hidden_size))
+        if trainer.is_world_process_zero():
+            save_scorer(scorer, warmup / "scorer")
+
+    trainer = make_grpo_trainer(scorer, store, args, script.rewards, budgets)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir, vlm.hidden_size))
+    if trainer.is_world_process_zero():
+        save_scorer(scorer, args.output_dir)
+
+
+if __name__ == "__main__":
+    parser = TrlParser((GripArguments, GRPOConfig, ModelConfig))
+    parser.set_defaults(**DEFAULTS, **FIXED)
+    main(*parser.parse_args_and_config())
