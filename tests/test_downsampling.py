@@ -12,7 +12,7 @@ PROMPTS = [[3, tiny.IMAGE, 4], [tiny.IMAGE, 2, tiny.IMAGE, 3, 5]]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize(("num_tokens", "side"), [(4, 2), (5, 2), (10, 3), (1, 1), (16, 4), (99, 4)])
+@pytest.mark.parametrize(("num_tokens", "side"), [(1, 1), (5, 2), (10, 3)])
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_logits_are_those_of_the_small_picture(prompt, num_tokens, side, positions):
     model = tiny.build("llava")
@@ -61,7 +61,9 @@ def test_full_size_is_the_plain_model():
     model = tiny.build("llava")
     inputs = tiny.make_inputs("llava", PROMPTS[:1])
     with torch.no_grad():
-        torch.testing.assert_close(model(**downsample(model, inputs, 16)).logits, model(**inputs).logits)
+        for num_tokens in (16, 99):
+            found = model(**downsample(model, inputs, num_tokens)).logits
+            torch.testing.assert_close(found, model(**inputs).logits)
 
 
 def test_middle_patches():

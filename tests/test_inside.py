@@ -1,5 +1,8 @@
 """FastV and PyramidDrop against the unpatched model with the dropped tokens masked out layer by layer."""
 
+import copy
+import io
+
 import pytest
 import tiny
 import torch
@@ -138,6 +141,44 @@ def test_all_tokens_is_the_plain_model_and_removal_leaves_nothing(name):
     assert hooks() == before
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_a_patched_model_can_be_copied_and_pickled():
+    model, inputs = build("sdpa"), tiny.make_inputs("llava", PROMPTS)
+    apply_grip(model, selector="fastv", num_tokens=5)
+    file = io.BytesIO()
+    torch.save(model, file)  # before the first call, which leaves hooks of transformers that cannot be pickled
+    file.seek(0)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            assert torch.equal(twin(**inputs).logits, expected)
+            twin.model.language_model.layers[1].self_attn.k_proj.weight.neg_()
+            assert not torch.equal(twin(**inputs).logits, expected)
+            assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_gradients_pass():
+    model, inputs = build("sdpa"), tiny.make_inputs("llava", PROMPTS)
+    apply_grip(model, selector="pyramiddrop", selector_kwargs=METHODS["pyramiddrop"][0], num_tokens=5)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    gradient = model.model.multi_modal_projector.linear_1.weight.grad
+    assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+def test_a_failed_call_leaves_nothing_behind():
+    model, inputs = build("sdpa"), tiny.make_inputs("llava", PROMPTS[:1])
+    apply_grip(model, selector="fastv", num_tokens=5)
+    with torch.no_grad():
+        first = model(**inputs, use_cache=True)
+        broken = model.model.language_model.layers[3].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs)
+        broken.remove()
+        token = first.logits[:, -1:].argmax(-1)
+        after = model(input_ids=token, past_key_values=first.past_key_values).logits
+        again = model(**inputs, use_cache=True)
+        assert torch.equal(after, model(input_ids=token, past_key_values=again.past_key_values).logits)
 
 
 def test_bad_use_is_refused():

@@ -54,7 +54,8 @@ class InsideSelector(Selector):
     """Drops tokens inside the language model. A subclass says where, and how many are left.
 
     The budget is what is left in the end; earlier layers see more, so that at equal budget these methods compute more
-    than one that drops tokens before the language model. `kept_tokens` tells what the first layer has: all tokens.
+    than one that drops tokens before the language model. `kept_tokens` tells what the first layer has: all tokens. The
+    last token of a call that holds the answer too, as in training, is the answer's.
     """
 
     @abstractmethod
@@ -166,6 +167,7 @@ class InsideSelector(Selector):
         return (expand(output[0], source), *output[1:]) if isinstance(output, tuple) else expand(output, source)
 
 
+@torch.no_grad()
 def last_token_attention(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], real: Tensor) -> Tensor:
     """Attention of the last real token to every token in one decoder layer, averaged over heads.
 
