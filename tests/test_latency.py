@@ -94,7 +94,8 @@ def test_the_stopwatch_sees_what_is_slow():
 
     one.selectors["grip"] = Slow(slow.scorer)
     sample = one.run(Variant("grip", 4))
-    assert sample.ms["selector"] > 50 and sample.ms["prune"] < 50
+    assert sample.ms["selector"] > 50
+    assert sample.ms["prune"] + sample.ms["selector"] < sample.ms["total"]
     tower = one.model.model.vision_tower
     handle = tower.register_forward_pre_hook(lambda module, args: time.sleep(0.05))
     assert one.run(Variant()).ms["vision"] > 50
