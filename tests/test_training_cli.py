@@ -61,7 +61,7 @@ def test_a_model_and_dataset_of_ones_own_without_answers(command, model_folder, 
 
 def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
     pocket = ["--pocket", "--pocket-model", model_folder, "--rows", "18", "--eval-examples", "0"]
-    done = command("--output", tmp_path, *pocket, *SMALL[:-5], "--batch", 4, "--cpu", *SCORER, "--method", "relaxed")
+    done = command("--output", tmp_path, *pocket, *SMALL, *SCORER, "--method", "relaxed")
     assert done.exit_code == 0, done.output
     scorers = [GripScorer.from_pretrained(tmp_path / name / "scorer") for name in ("warmup", "relaxed")]
     pairs = zip(*(scorer.parameters() for scorer in scorers), strict=True)

@@ -48,8 +48,8 @@ class Plan:
 
     output: Path
     method: str = "grpo"
-    warmup_steps: int = 500
-    steps: int = 2000
+    warmup_steps: int = 800
+    steps: int = 2500
     budgets: BudgetRange = dataclasses.field(default_factory=BudgetRange)
     target: str = "attention"
     seed: int = 0

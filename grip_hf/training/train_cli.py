@@ -20,14 +20,14 @@ def train(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of that dataset.")] = "train",
     method: Annotated[str, typer.Option(help="After the warm-up: grpo, relaxed, or warmup for nothing.")] = "grpo",
-    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of the warm-up.")] = 500,
-    steps: Annotated[int, typer.Option(min=0, help="Steps of the method.")] = 2000,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of the warm-up.")] = 800,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of the method.")] = 2500,
     warmup_batch: Annotated[int, typer.Option(min=1, help="Examples per warm-up step and process.")] = 32,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Keep-sets per GRPO step and process, or examples per relaxed step.")
-    ] = 64,
-    generations: Annotated[int, typer.Option(min=2, help="Keep-sets per group.")] = 8,
-    rate: Annotated[float, typer.Option(help="Peak learning rate of the method.")] = 3e-4,
+    batch: Annotated[int, typer.Option(min=1, help="Keep-sets per GRPO step and process.")] = 64,
+    generations: Annotated[
+        int, typer.Option(min=2, help="Keep-sets per example; the relaxation takes batch / generations examples too.")
+    ] = 8,
+    rate: Annotated[float, typer.Option(help="Peak learning rate of the method.")] = 1e-4,
     warmup_rate: Annotated[float, typer.Option(help="Peak learning rate of the warm-up.")] = 1e-3,
     budgets: Annotated[str, typer.Option(help="Smallest and largest keep ratio, separated by a comma.")] = "0.03,0.6",
     target: Annotated[str, typer.Option(help="Target of the warm-up: gradient or attention.")] = "attention",
@@ -38,7 +38,7 @@ def train(
     entropy: Annotated[float, typer.Option(help="Weight of the entropy bonus.")] = 0.001,
     beta: Annotated[float, typer.Option(help="Weight of the KL to the warm-up's policy.")] = 0.0,
     greedy: Annotated[bool, typer.Option(help="Give each group a greedy member as part of its baseline.")] = False,
-    temperature: Annotated[float, typer.Option(help="Temperature of the relaxation's soft top-k.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Temperature of GRPO's draws, or of the soft top-k.")] = 1.0,
     draws: Annotated[int, typer.Option(min=1, help="Keep-sets per example and step of the relaxation.")] = 1,
     width: Annotated[int, typer.Option(min=1, help="Width of the scorer.")] = 256,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the scorer.")] = 1,
@@ -61,11 +61,14 @@ def train(
     names = [name.strip() for name in rewards.split(",") if name.strip()]
     shared: dict[str, Any] = {"report_to": report_to, "use_cpu": cpu}
     args: dict[str, Any] = {**shared, "per_device_train_batch_size": batch, "learning_rate": rate}
-    options: dict[str, Any] = {"temperature": temperature, "draws": draws}
     if method == "grpo":
         weights = _numbers(reward_weights, len(names), "--reward-weights")
         args |= {"num_generations": generations, "reward_weights": weights, "entropy_coef": entropy, "beta": beta}
-        options = {"rewards": names, "greedy": greedy}
+        args["temperature"] = temperature
+        options: dict[str, Any] = {"rewards": names, "greedy": greedy}
+    else:
+        args["per_device_train_batch_size"] = max(1, batch // generations)
+        options = {"temperature": temperature, "draws": draws}
     try:
         from .pipeline import Plan
         from .pipeline import train as run
