@@ -49,6 +49,12 @@ def setting(name: str) -> Callable[[Any], int]:
     return lambda config: getattr(config, name)
 
 
+def reference_features(config: Any) -> int:
+    """Patches of one tile of a timm tower, pooled; 0 if its config does not tell."""
+    rows, columns = (config.vision_config.model_args or {}).get("ref_feat_shape", (0, 0))
+    return rows * columns // config.projector_pooling_ratio**2
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What the patch must know about one family.
@@ -75,7 +81,9 @@ FAMILIES: dict[str, Family] = {
     "aya_vision": Family(marked_tiles, pooled("downsample_factor")),
     "cohere2_vision": Family(joined_tiles, pooled("downsample_factor")),
     "deepseek_vl": Family(fixed_grid, square),
+    "fast_vlm": Family(fixed_grid, setting("image_seq_length")),
     "gemma3": Family(tiles_in_run, setting("mm_tokens_per_image")),
+    "gemma3n": Family(tiles_in_run, setting("vision_soft_tokens_per_image")),
     "gemma4": Family(line, token_ids=BOTH),
     "glm4v": Family(rotary_grid, token_ids=BOTH, mrope=True),
     "idefics2": Family(latents, language_model="text_model"),
@@ -89,6 +97,7 @@ FAMILIES: dict[str, Family] = {
     "mistral3": Family(joined_rows),
     "ovis2": Family(started_tiles, lambda config: square(config) // config.vision_config.hidden_stride**2),
     "paligemma": Family(fixed_grid, square),
+    "perception_lm": Family(tiles_in_run, reference_features, token_ids=BOTH),
     "qwen2_5_vl": Family(rotary_grid, token_ids=BOTH, mrope=True),
     "qwen2_vl": Family(rotary_grid, token_ids=BOTH, mrope=True),
     "qwen3_vl": Family(rotary_grid, token_ids=BOTH, mrope=True),

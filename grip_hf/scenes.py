@@ -73,6 +73,8 @@ def frames(scene: Scene) -> tuple[Tensor, Tensor]:
 
 def tiles_in_run(scene: Scene) -> tuple[Tensor, Tensor]:
     """One unbroken run per picture, which may hold several square tiles."""
+    if not scene.tile:
+        return line(scene)
     within = layout.within_run(scene.visual) % scene.tile
     return layout.run_index(scene.visual), layout.grid_positions(within, scene.tile)
 

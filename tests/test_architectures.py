@@ -30,7 +30,10 @@ EXPECTED = {
     "aya_vision": [grid(2, 2), grid(2, 2) * 3],
     "cohere2_vision": [grid(2, 2), grid(2, 2) * 3],
     "deepseek_vl": [grid(4, 4)] * 2,
+    "fast_vlm": [grid(4, 4)] * 2,
     "gemma3": [grid(2, 2)] * 2,
+    "gemma3n": [grid(4, 4)] * 2,
+    "perception_lm": [grid(2, 2), grid(2, 2) * 2],
     "gemma4": [grid(4, 1)] * 2,  # the width is not known
     "glm4v": [grid(2, 3), grid(3, 2)],
     "idefics2": [[(0.5, 0.5)] * 6] * 2,

@@ -18,6 +18,7 @@ from tiny_core import (
     run,
     square_pictures,
 )
+from tiny_towers import PatchTowerConfig
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 
 PLAIN = {name: value for name, value in VISION.items() if name != "projection_dim"}
@@ -89,6 +90,13 @@ def tiles(write):
     return pictures
 
 
+def perception_pictures(count, seed):
+    # Every second picture is cut into two tiles; they are stacked as [pictures and tiles, 1, ...].
+    numbers = [2 if i % 2 else 1 for i in range(count)]
+    pixels = random(sum(numbers), 1, 3, 16, 16, seed=seed)
+    return {"pixel_values": pixels}, [[START_ID, *run(4 * n), END_ID] for n in numbers]
+
+
 def aya_ids(number):
     markers = [*range(94, 94 + number - 1), 97]  # <TILE_1> ... <TILE_GLOBAL>
     return [START_ID, *(token for marker in markers for token in (marker, *run(4))), END_ID]
@@ -133,6 +141,18 @@ GEMMA4_TEXT = {
     "hidden_size_per_layer_input": 4,
     "use_bidirectional_attention": "vision",
 }
+GEMMA3N_TEXT = {
+    **TEXT,
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "sliding_window": 12,
+    "layer_types": SLIDING["layer_types"] * 2,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 94,
+    "hidden_size_per_layer_input": 4,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+}
 MORE = {
     "aria": Tiny(
         config(
@@ -158,6 +178,16 @@ MORE = {
         tiles(cohere_ids),
     ),
     "deepseek_vl": Tiny(config("deepseek_vl", vision_config=SIGLIP, text_config=model("llama")), square_pictures(16)),
+    "fast_vlm": Tiny(
+        config(
+            "fast_vlm",
+            "image_token_index",
+            vision_config=PatchTowerConfig(hidden_size=16),
+            text_config=model("qwen2"),
+            image_seq_length=16,
+        ),
+        square_pictures(16),
+    ),
     "gemma3": Tiny(
         config(
             "gemma3",
@@ -170,6 +200,27 @@ MORE = {
         ),
         wrapped(4),
         types="token_type_ids",
+    ),
+    "gemma3n": Tiny(
+        config(
+            "gemma3n",
+            vision_config=PatchTowerConfig(hidden_size=16, vocab_size=4, vocab_offset=94),
+            text_config=GEMMA3N_TEXT,
+            audio_config={
+                "vocab_size": 2,
+                "vocab_offset": 98,
+                "input_feat_size": 8,
+                "hidden_size": 16,
+                "conf_num_attention_heads": 2,
+                "conf_num_hidden_layers": 1,
+                "sscp_conv_channel_size": [4, 4],
+            },
+            vision_soft_tokens_per_image=16,
+            audio_token_id=98,
+            boi_token_id=START_ID,
+            eoi_token_id=END_ID,
+        ),
+        wrapped(16),
     ),
     "gemma4": Tiny(
         config(
@@ -276,6 +327,18 @@ MORE = {
         square_pictures(16),
         types="token_type_ids",
         type_ids=(0, 0, 1),
+    ),
+    "perception_lm": Tiny(
+        config(
+            "perception_lm",
+            vision_config=PatchTowerConfig(
+                hidden_size=16, flat=True, model_args={"embed_dim": 16, "ref_feat_shape": [4, 4]}
+            ),
+            text_config=model("llama"),
+            video_token_id=VIDEO_ID,
+            projector_pooling_ratio=2,
+        ),
+        perception_pictures,
     ),
     "qwen3_vl": Tiny(qwen3("qwen3_vl"), qwen_pictures, types="mm_token_type_ids"),
     "qwen3_vl_moe": Tiny(

@@ -1,0 +1,39 @@
+"""A vision tower for families whose own ones come from timm: square patches, one convolution."""
+
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.gemma3n.configuration_gemma3n import Gemma3nVisionConfig
+
+
+class PatchTowerConfig(Gemma3nVisionConfig):
+    """`flat` towers give [pictures, tokens, width] with a [CLS], the others [pictures, width, rows, columns]."""
+
+    model_type = "tiny_patch_tower"
+    flat: bool = False
+
+
+class PatchTower(PreTrainedModel):
+    config_class = PatchTowerConfig
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.patches = nn.Conv2d(3, config.hidden_size, 4, 4)
+        self.post_init()
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.3)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, pixel_values, return_dict=True, do_pooling=False, **kwargs):
+        states = self.patches(pixel_values)
+        if self.config.flat:
+            states = nn.functional.pad(states.flatten(2).transpose(1, 2), (0, 0, 1, 0))
+        return BaseModelOutputWithPooling(last_hidden_state=states)
+
+
+AutoConfig.register(PatchTowerConfig.model_type, PatchTowerConfig)
+AutoModel.register(PatchTowerConfig, PatchTower)
