@@ -20,6 +20,7 @@ from grip_hf.evaluation.memory import peak_memory
 from grip_hf.evaluation.paired import Bench, Sample, Variant
 from grip_hf.evaluation.shapes import SHAPES, build_inputs, build_model, get_shape
 from grip_hf.evaluation.stopwatch import SPANS, watched
+from grip_hf.selectors import get_selector
 
 SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64}
 SMALL_TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 4}
@@ -134,7 +135,18 @@ def test_flops_equal_a_sum_over_layers_and_positions():
         for position in range(tokens):
             flops += 2 * (4 * hidden * hidden + 3 * hidden * text["intermediate_size"])
             flops += 2 * 2 * hidden * (position + 1)
-    assert prefill_flops(find_parts(model).language_model, tokens) == flops
+    assert prefill_flops(find_parts(model).language_model, [tokens] * 12) == pytest.approx(flops, rel=1e-12)
+
+
+def test_flops_follow_tokens_dropped_inside_the_model():
+    """FastV: the tokens of the first layer are all there, those of the second are the kept ones."""
+    one = tiny_bench(("fastv",))
+    one.selectors["fastv"] = get_selector("fastv", layers=1)
+    whole, dropped = one.run(Variant()).layer_tokens, one.run(Variant("fastv", 4)).layer_tokens
+    assert whole == (56, 56) and dropped == (56, 44)
+    language_model = find_parts(one.model).language_model
+    halves = [prefill_flops(language_model, (n, n)) / 2 for n in (56, 44)]
+    assert prefill_flops(language_model, dropped) == pytest.approx(sum(halves))
 
 
 def test_peak_memory_sees_an_allocation():

@@ -84,11 +84,10 @@ def run_bench(
             found[-1][variant] = bench.run(variant)
     texts = bench.inputs["input_ids"].shape[1] - shape.tokens
     language_model = find_parts(built).language_model
-    full = prefill_flops(language_model, texts + shape.tokens)
+    full = prefill_flops(language_model, found[0][Variant()].layer_tokens)
     rows = []
     for variant in pruned:
-        assert variant.num_tokens is not None
-        share = prefill_flops(language_model, texts + variant.num_tokens) / full
+        share = prefill_flops(language_model, found[0][variant].layer_tokens) / full
         rows.append({**_row(found[1:], variant), "flop_ratio": share})
     setting = {
         "model": model,

@@ -42,12 +42,14 @@ class Sample:
         hook_us: Host microseconds around the modules in one decode step.
         cache_bytes: Size of the KV cache after the first token.
         peak_bytes: Peak memory, if it can be told.
+        layer_tokens: Tokens in each layer's part of the cache after the first token.
     """
 
     ms: dict[str, float]
     hook_us: float
     cache_bytes: int
     peak_bytes: int | None
+    layer_tokens: tuple[int, ...] = ()
 
 
 class Bench:
@@ -89,8 +91,9 @@ class Bench:
             with watched(self.model, self.watch), peak_memory(self.model.device) as peak:
                 token, cache = self._floor(floor) if floor else self._call()
                 ms, size = self.watch.spans(), cache_bytes(cache)
+                lengths = tuple(layer.keys.shape[-2] for layer in cache.layers)
                 ms["decode"], hook_us = self._decode(token, cache)
-                return Sample(ms, hook_us, size, peak())
+                return Sample(ms, hook_us, size, peak(), lengths)
         finally:
             remove_grip(self.model)
 
