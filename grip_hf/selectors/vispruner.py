@@ -51,19 +51,20 @@ class VisPrunerSelector(Selector):
         important = topk_mask(salience, batch.mask, count)
         scores = torch.where(important, 2 + salience, 0.0)
         unit = F.normalize(batch.tokens.float(), dim=-1)
+        similar = unit @ unit.transpose(1, 2)
         for row, wanted in enumerate((batch.budgets - count).tolist()):
             left = (batch.mask[row] & ~important[row]).nonzero().flatten()
-            scores[row, without_duplicates(unit[row], left, wanted)] = 1
+            scores[row, without_duplicates(similar[row], left, wanted)] = 1
         return scores
 
 
-def without_duplicates(unit: Tensor, left: Tensor, wanted: int) -> Tensor:
-    """Thin out tokens until `wanted` are left: unit [N, D] vectors, left [M] long indices -> [wanted or M] long."""
+def without_duplicates(similar: Tensor, left: Tensor, wanted: int) -> Tensor:
+    """Thin out tokens until `wanted` are left: similar [N, N], left [M] long indices -> [wanted or M] long."""
     while len(left) > wanted:
         first, second = left[::2], left[1::2]
         go = min(PER_STEP, len(left) - wanted, len(first))
         if len(second):
-            double = (unit[first] @ unit[second].T).amax(1)
+            double = similar[first][:, second].amax(1)
             first = first[double.argsort(descending=True, stable=True)[go:]]
         else:
             first = first[go:]
