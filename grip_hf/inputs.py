@@ -20,7 +20,12 @@ HANDLED = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks"
 
 
 def check_unknown(kwargs: dict[str, Any], batch: int, length: int) -> None:
-    """Refuse a tensor argument with one entry per token that is not known here: it would stay unpruned."""
+    """Refuse what would stay unpruned: router logits, and tensors with one entry per token that are not known here."""
+    if kwargs.get("output_router_logits"):
+        raise GripError(
+            "cannot prune a call with output_router_logits=True: the router loss would compare the mask of all tokens "
+            "with the router logits of the kept ones; train with output_router_logits=False"
+        )
     for name, value in kwargs.items():
         if name in PER_TOKEN or name in UNTOUCHED or name in HANDLED or not isinstance(value, Tensor):
             continue
