@@ -17,7 +17,8 @@ class SparseVLMSelector(Selector):
     The paper picks as raters the words that attend to the picture more than the average word does, and scores a visual
     token by the attention that the raters pay it inside the language model, layer after layer. Here both come from one
     softmax between words and visual tokens as they enter the language model, so that all layers are spared; its
-    recycling of dropped tokens is left out.
+    recycling of dropped tokens is left out. Figures of this variant are not figures of the paper: where visual tokens
+    look like words, the background chooses the raters.
     """
 
     def __call__(self, batch: VisualBatch) -> Tensor:
