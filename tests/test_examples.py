@@ -1,0 +1,196 @@
+"""The examples, run as a reader runs them: on the pocket model, or on a tiny model in a folder."""
+
+import importlib.util
+import pathlib
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from loopback_hub import WRITER, LoopbackHub
+from PIL import Image
+from tiny import HIDDEN, VIDEO_ID, build
+from transformers import AutoProcessor, BatchFeature
+
+from grip_hf import GripScorer, apply_grip
+from grip_hf.pocket import make_scene
+from grip_hf.scorer import GripScorerConfig
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run an example with arguments; returns what it printed."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        load(name).main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "app"])
+def test_examples_are_short(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
+
+
+def test_batch_inference(run):
+    out = run("batch_inference", "--samples", 3, "--batch-size", 2, "--keep-ratio", 0.25, 0.5, 1)
+    for kept, scene in zip((36, 72, 144), map(make_scene, range(3)), strict=True):
+        assert f"{scene.questions[0].text}  [{kept} visual tokens]" in out
+    with pytest.raises(SystemExit):
+        run("batch_inference", "--samples", 3, "--keep-ratio", 0.25, 0.5)
+
+
+def test_custom_selector(run):
+    out = run("custom_selector", "--keep-ratio", 0.125)
+    assert out.count("centre_first keeps 18: ") == out.count("unusual keeps 18: ") == 3
+
+
+def test_train_warmup_and_push(run, tmp_path, monkeypatch):
+    out = run("train_warmup", "--output", tmp_path, "--steps", 1, "--rows", 8, "--batch-size", 2, "--width", 16)
+    assert str(tmp_path / "share") in out and "Warm-up of 1 steps" in (tmp_path / "share" / "README.md").read_text()
+    from huggingface_hub import constants
+
+    with LoopbackHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        out = run(
+            "push_to_hub", "--scorer", tmp_path, "--model", "pocket", "--repo", "user/grip", "--training", "here"
+        )
+        assert f"{hub.url}/user/grip/commit/" in out
+        card = hub.repos["user/grip"].files()["README.md"].decode()
+        assert "here" in card and "license: apache-2.0" in card
+
+
+@pytest.mark.parametrize("scope", ["sample", "image"])
+def test_video(run, tmp_path, monkeypatch, scope):
+    """A tiny model in a folder; the processor is stood in for, because the video processors need torchvision."""
+    build("llava_onevision").save_pretrained(tmp_path)
+    for name in "abc":
+        make_scene(ord(name)).image.save(tmp_path / f"{name}.png")
+
+    class Processor:
+        def apply_chat_template(self, messages, **kwargs):
+            frames = messages[0]["content"][0]["video"]
+            pixels = [torch.tensor(np.array(one.resize((16, 16)))).permute(2, 0, 1) / 255 for one in frames]
+            ids = torch.tensor([[5, *[VIDEO_ID] * (4 * len(frames) + 1), 6, 7]])  # 4 a frame, and one that ends them
+            mask = torch.ones_like(ids)
+            pixels = torch.stack(pixels)[None]
+            return BatchFeature({"input_ids": ids, "attention_mask": mask, "pixel_values_videos": pixels})
+
+        def decode(self, ids, **kwargs):
+            return " ".join(map(str, ids.tolist()))
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name: Processor())
+    frames = [tmp_path / f"{name}.png" for name in "abc"]
+    out = run(
+        "video", "--model", tmp_path, "--frames", *frames, "--keep-ratio", 0.5, "--scope", scope, "--max-new-tokens", 3
+    )
+    kept, answer = out.split(" visual tokens kept: ")
+    assert 6 <= int(kept) <= 7 and len(answer.split()) == 3
+    with pytest.raises(SystemExit):
+        run("video", "--model", tmp_path)
+
+
+def test_sft_of_a_pruned_model_trains_adapters_only(tmp_path):
+    from safetensors.torch import load_file
+    from trl import ModelConfig, ScriptArguments, SFTConfig
+
+    example = load("sft_pruned")
+    settings = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+    )
+    example.main(
+        ScriptArguments(dataset_name="pocket"),
+        settings,
+        ModelConfig(model_name_or_path="pocket", use_peft=True, lora_r=2),
+        example.GripArguments(keep_ratio=0.11, selector="similarity", rows=4),
+    )
+    adapters = load_file(tmp_path / "adapter_model.safetensors")
+    assert adapters and all("language_model" in name and "lora_" in name for name in adapters)
+    assert any(weight.any() for name, weight in adapters.items() if "lora_B" in name)
+    assert (tmp_path / "grip" / "grip_config.json").is_file()
+
+
+# The page
+
+
+@pytest.fixture(scope="module")
+def page():
+    return load("app").Page()
+
+
+def cells(table, label):
+    line = next(line for line in table.splitlines() if line.startswith(f"| {label}"))
+    return [cell.strip() for cell in line.strip("|").split("|")[1:]]
+
+
+def test_the_page_shows_both_answers(page):
+    scene = make_scene(3)
+    table, picture = page.ask(scene.image, scene.questions[0].text, "similarity", 25)
+    assert cells(table, "visual tokens") == ["144", "36"] and all(cells(table, "answer"))
+    full, pruned = map(int, cells(table, "KV cache"))
+    assert pruned < full / 2 and max(picture.size) == 480
+    table, _ = page.ask(scene.image, scene.questions[0].text, "grid", 100)
+    assert len(set(cells(table, "answer"))) == len(set(cells(table, "visual tokens"))) == 1
+
+
+def test_the_page_says_what_is_wrong(page):
+    import gradio
+
+    image = make_scene(3).image
+    for arguments in ((None, "what", "grid", 25), (image, "  ", "grid", 25), (image, None, "grid", 25)):
+        with pytest.raises(gradio.Error):
+            page.ask(*arguments)
+    for arguments in ((image, "what", "telepathy", 25), (image, "what", "grid", 0)):
+        with pytest.raises(gradio.Error, match="No such choice"):
+            page.ask(*arguments)
+    odd = Image.fromarray(np.zeros((1, 3), dtype=np.uint8))  # tiny, grey, not square
+    assert cells(page.ask(odd, "is there any key", "grid", 25)[0], "visual tokens") == ["144", "36"]
+
+
+def test_two_users_at_once(page):
+    scene, tables = make_scene(4), {}
+
+    def user(selector, percent):
+        for _ in range(3):
+            tables.setdefault(percent, []).append(page.ask(scene.image, scene.questions[0].text, selector, percent)[0])
+
+    users = [threading.Thread(target=user, args=each) for each in (("similarity", 25), ("grid", 50))]
+    for one in users:
+        one.start()
+    for one in users:
+        one.join()
+    assert [cells(table, "visual tokens") for table in tables[25]] == [["144", "36"]] * 3
+    assert [cells(table, "visual tokens") for table in tables[50]] == [["144", "72"]] * 3
+
+
+def test_a_scorer_on_the_page(tmp_path, page):
+    model = load("app").load_pocket_llava()[0]
+    torch.manual_seed(0)
+    width = model.config.text_config.hidden_size
+    scorer = GripScorer(GripScorerConfig(hidden_size=width, width=16, attention_width=8, num_heads=2))
+    apply_grip(model, scorer, keep_ratio=0.5).grip.save_pretrained(tmp_path)
+    own = load("app").Page(scorer=tmp_path)
+    assert next(iter(own.selectors)) == "grip" and width != HIDDEN and "grip" not in vars(build("llava"))
+    scene = make_scene(3)
+    assert cells(own.ask(scene.image, scene.questions[0].text, "grip", 25)[0], "visual tokens") == ["144", "36"]
