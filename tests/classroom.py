@@ -15,17 +15,22 @@ TOKENS, HIDDEN = 16, 16
 ANSWERS = ("yes", "no", "red", "top left", "c a t")
 
 
-def build_vlm(seed=0):
+def build_vlm(seed=0, width=HIDDEN):
     """The model and its processor: 192 x 192 pixels in patches of 48."""
     torch.manual_seed(seed)
     ids = {token: i for i, token in enumerate(vocabulary())}
     vision = CLIPVisionConfig(
-        image_size=192, patch_size=48, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        image_size=192,
+        patch_size=48,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
     )
     text = LlamaConfig(
         vocab_size=len(ids),
-        hidden_size=HIDDEN,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
