@@ -31,10 +31,10 @@ app.command("train")(train)
 @app.command()
 def demo(
     selectors: Annotated[str, typer.Option(help="Selectors of the summary, separated by commas.")] = (
-        "random,grid,cls_attention,diversity,similarity"
+        "grip,similarity,diversity,cls_attention,grid,random"
     ),
     budgets: Annotated[str, typer.Option(help="Keep ratios of the summary, separated by commas.")] = "0.25,0.11,0.05",
-    show: Annotated[str, typer.Option(help="Selector of the table and the picture.")] = "similarity",
+    show: Annotated[str, typer.Option(help="Selector of the table and the picture.")] = "grip",
     keep_ratio: Annotated[float, typer.Option(help="Keep ratio of the table and the picture.")] = 0.11,
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first scene; choose any.")] = 0,

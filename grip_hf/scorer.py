@@ -188,6 +188,7 @@ class GripScorer(PreTrainedModel):
         if not path or (path.startswith((".", "~", os.sep)) and not os.path.isdir(path)):
             raise ScorerError(f"no folder {path!r} to load a grip scorer from")
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("dtype", torch.float32)  # scores of neighbours differ by little, however they are stored
         try:
             if kwargs.get("config") is None:
                 shared = {k: kwargs[k] for k in _CONFIG_KWARGS if k in kwargs}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
+from ..attached import SUBFOLDER
 from ..errors import ConfigError
+from ..pocket.model import WEIGHTS
 from ..scorer import GripScorer
 from ..selectors import SELECTORS, get_selector
 from ..training.pocket_examples import PocketExamples
 from .runner import Oracle, Scores
 
-SHIPPED_FOLDER = Path(__file__).parents[1] / "pocket" / "assets" / "scorers"
+SHIPPED_FOLDER = WEIGHTS.parent / "scorers"  # but for "grip", which is the GRIP part of the pocket checkpoint
 SHIPPED = ("grip", "warmup", "relaxed")
 ORACLE = "oracle"
 
@@ -63,4 +64,4 @@ def named_selectors(specs: Iterable[str], seed: int = 0, pocket: bool = True) ->
 
 def shipped_scorer(name: str) -> GripScorer:
     """A scorer for the pocket model that comes with the package."""
-    return GripScorer.from_pretrained(SHIPPED_FOLDER / name)
+    return GripScorer.from_pretrained(WEIGHTS / SUBFOLDER if name == "grip" else SHIPPED_FOLDER / name)
