@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModelError
 from .features import FrozenVLM
 from .samples import Sample, answer_ids
 
@@ -19,6 +20,9 @@ def gradient_importance(vlm: FrozenVLM, samples: Sequence[Sample]) -> Tensor:
 
     Returns:
         [B, N] float32, 0 at padding; the larger, the more the answer depends on the token.
+
+    Raises:
+        UnsupportedModelError: The model's layers pass no gradients on.
     """
     entered: dict[str, Any] = {}
 
@@ -35,6 +39,11 @@ def gradient_importance(vlm: FrozenVLM, samples: Sequence[Sample]) -> Tensor:
         logs = vlm.run(samples, attention_mask=remember).logits.float().log_softmax(-1)
         told = logs.gather(2, ids[..., None]).squeeze(-1)[mask].sum()
         (gradient,) = torch.autograd.grad(told, entered["embeds"])
+    if not bool(gradient.any()):
+        raise UnsupportedModelError(
+            f"no gradient reaches the visual tokens of {type(vlm.model).__name__} (4-bit layers give none on a CPU); "
+            "use target='attention'"
+        )
     effect = (gradient.float() * entered["embeds"].detach().float()).sum(-1).abs()
     return _per_sample(effect, entered["visual"])
 
