@@ -2,6 +2,7 @@ import pytest
 import torch
 from classroom import TOKENS, build_vlm, make_store, rows
 
+from grip_hf.errors import UnsupportedModelError
 from grip_hf.training.importance import attention_importance, gradient_importance
 
 
@@ -60,3 +61,11 @@ def test_attention_importance_equals_attention_maps(store):
             for i in range(3)
         )
         assert found[0, token] == pytest.approx(total, abs=1e-4)
+
+
+def test_a_model_that_passes_no_gradient_on_is_refused():
+    store = make_store(2)
+    layer = store.vlm.parts.language_model.layers[0]
+    layer.register_forward_hook(lambda module, args, out: out * 0)
+    with pytest.raises(UnsupportedModelError, match="use target='attention'"):
+        gradient_importance(store.vlm, store.samples([0, 1]))

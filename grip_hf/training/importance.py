@@ -41,8 +41,8 @@ def gradient_importance(vlm: FrozenVLM, samples: Sequence[Sample]) -> Tensor:
         (gradient,) = torch.autograd.grad(told, entered["embeds"])
     if not bool(gradient.any()):
         raise UnsupportedModelError(
-            f"no gradient reaches the visual tokens of {type(vlm.model).__name__} (4-bit layers give none on a CPU); "
-            "use target='attention'"
+            f"no gradient reaches the visual tokens of {type(vlm.model).__name__} (some quantized layers pass none "
+            "on); use target='attention'"
         )
     effect = (gradient.float() * entered["embeds"].detach().float()).sum(-1).abs()
     return _per_sample(effect, entered["visual"])
