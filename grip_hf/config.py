@@ -54,6 +54,9 @@ def count_kept(total: int, keep_ratio: float | None = None, num_tokens: int | No
 class GripConfig:
     """How many visual tokens are kept, chosen by whom, and with which positions.
 
+    A budget is for the visual tokens of one call of the model: pictures of a later turn have one of their own, and so
+    have those of each chunk of a chunked prefill.
+
     Args:
         keep_ratio: Share of the visual tokens to keep, in (0, 1]. Give exactly one of it and `num_tokens`.
         num_tokens: Number of visual tokens to keep, >= 1. A sample with fewer keeps all of them.
