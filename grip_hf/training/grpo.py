@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "num_generations": 8,
     "entropy_coef": 0.001,  # the policy loss is divided by the longest completion, the entropy is not
     "per_device_train_batch_size": 64,
-    "learning_rate": 1e-4,
+    "learning_rate": 2e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 20,
     "max_grad_norm": 1.0,

@@ -27,7 +27,7 @@ def train(
     generations: Annotated[
         int, typer.Option(min=2, help="Keep-sets per example; the relaxation takes batch / generations examples too.")
     ] = 8,
-    rate: Annotated[float, typer.Option(help="Peak learning rate of the method.")] = 1e-4,
+    rate: Annotated[float, typer.Option(help="Peak learning rate of the method.")] = 2e-4,
     warmup_rate: Annotated[float, typer.Option(help="Peak learning rate of the warm-up.")] = 1e-3,
     budgets: Annotated[str, typer.Option(help="Smallest and largest keep ratio, separated by a comma.")] = "0.03,0.6",
     target: Annotated[str, typer.Option(help="Target of the warm-up: gradient or attention.")] = "attention",
