@@ -184,7 +184,12 @@ class Boundary:
         base, family = self.parts.base, self.parts.family
         tile = family.tile(base.config)
         scene = Scene(visual, call.input_ids, kwargs["inputs_embeds"], kwargs.get("position_ids"), base, tile)
-        return choose(self.selector, budget, self.per_image, family.layout, scene, text, features)
+        choice = choose(self.selector, budget, self.per_image, family.layout, scene, text, features)
+        if choice is None:
+            return None
+        if choice.embeds is not None:
+            kwargs["inputs_embeds"] = torch.where(choice.keep[..., None], choice.embeds, kwargs["inputs_embeds"])
+        return choice.keep
 
 
 def _refuse_split_picture(state: CacheState | None, visual: Tensor, past: int) -> None:

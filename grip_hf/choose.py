@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,19 @@ from .selection import VisualBatch, topk_mask
 Score = Callable[[VisualBatch], Tensor | None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a selector made of one call.
+
+    Attributes:
+        keep: [B, L] bool, the visual tokens that stay.
+        embeds: [B, L, D] what stands in place of the kept tokens, or None if they stay as they are.
+    """
+
+    keep: Tensor
+    embeds: Tensor | None = None
+
+
 @torch.no_grad()
 def choose(
     selector: Score,
@@ -25,11 +39,11 @@ def choose(
     scene: Scene,
     text: Tensor,
     taps: dict[str, Tensor],
-) -> Tensor | None:
+) -> Choice | None:
     """Choose the visual tokens that stay.
 
     Args:
-        selector: gives the scores.
+        selector: gives the scores; if it has a method `merge`, that gives new embeddings of the kept tokens.
         budget: how many stay.
         per_image: True if each image has its own budget, False if the images of a sample share it.
         layout: the family's map from a call to images and positions.
@@ -38,7 +52,7 @@ def choose(
         taps: extra rows per visual token.
 
     Returns:
-        [B, L] bool, the visual tokens that stay, or None if all of them do.
+        The choice, or None if all visual tokens stay.
 
     Raises:
         GripError: The selector's scores have another shape or type than [groups, tokens] of floats.
@@ -70,7 +84,10 @@ def choose(
     if not isinstance(scores, Tensor) or scores.shape != groups.mask.shape or not scores.is_floating_point():
         got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise GripError(f"the selector must return float scores of shape {tuple(groups.mask.shape)}, got {got}")
-    return groups.scatter(topk_mask(scores.float(), groups.mask, budgets), visual)
+    keep = topk_mask(scores.float(), groups.mask, budgets)
+    merge = getattr(selector, "merge", None)
+    embeds = None if merge is None else groups.place_values(merge(batch, keep), scene.embeds)
+    return Choice(groups.scatter(keep, visual), embeds)
 
 
 def _per_row(values: Tensor, mask: Tensor, rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

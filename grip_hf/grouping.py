@@ -30,6 +30,12 @@ class Groups:
         mask = self.mask.view(*self.mask.shape, *[1] * (picked.ndim - 2))
         return picked.masked_fill(~mask, 0)
 
+    def place_values(self, values: Tensor, embeds: Tensor) -> Tensor:
+        """[B, L, D]: `embeds` with the tokens of the groups replaced by `values` [G, N, D]."""
+        result = embeds.clone()
+        result[self.row[:, None].expand_as(self.mask)[self.mask], self.place[self.mask]] = values[self.mask].to(embeds)
+        return result
+
     def scatter(self, keep: Tensor, visual: Tensor) -> Tensor:
         """[B, L] bool: the tokens of `visual` that `keep` [G, N] bool keeps."""
         result = torch.zeros_like(visual)

@@ -28,7 +28,11 @@ def one_group(images=(16,), words=3, budget=5, seed=0):
         budgets=torch.tensor([budget]),
         positions=torch.cat([square(math.isqrt(n)) for n in images])[None],
         image_index=torch.cat([torch.full((n,), i) for i, n in enumerate(images)])[None],
-        taps={name: torch.rand(1, total, generator=rng) for name in TAPS},
+        taps={
+            **{name: torch.rand(1, total, generator=rng) for name in TAPS},
+            "vision.mean_keys": torch.randn(1, total, 6, generator=rng),
+            "vision.features": torch.randn(1, total, 8, generator=rng),
+        },
     )
 
 

@@ -51,9 +51,11 @@ from . import (  # noqa: E402, F401  (they register themselves)
     grid,
     grip,
     hiprune,
+    prumerge,
     pyramiddrop,
     random,
     similarity,
     sparsevlm,
+    visionzip,
     vispruner,
 )
