@@ -98,6 +98,11 @@ def test_bad_budgets(budgets):
         evaluate(*build_vlm(), DatasetExamples(rows(1)), {"grid": get_selector("grid")}, budgets)
 
 
+def test_selectors_that_merge_are_refused():
+    with pytest.raises(ConfigError, match="visionzip"):
+        evaluate(*build_vlm(), DatasetExamples(rows(1)), {"visionzip": get_selector("visionzip")}, [0.5])
+
+
 def test_selectors_by_name(tmp_path):
     make_scorer().save_pretrained(tmp_path)
     found = named_selectors(["random", f"mine={tmp_path}", "oracle"], seed=7)

@@ -81,12 +81,18 @@ def evaluate(
         progress: Whether to show a progress bar.
 
     Raises:
-        ConfigError: A budget is not allowed, or there are no selectors or examples.
+        ConfigError: A budget is not allowed, there are no selectors or examples, or a selector merges tokens.
     """
     ratios = [check_keep_ratio(budget) for budget in budgets]
     if not ratios or not len(examples) or batch_size < 1:
         raise ConfigError(
             f"nothing to evaluate: budgets={list(budgets)}, {len(examples)} examples, batch_size={batch_size}"
+        )
+    merging = sorted(name for name, selector in selectors.items() if hasattr(selector, "merge"))
+    if merging:
+        raise ConfigError(
+            f"selectors {merging} merge dropped tokens into kept ones, which this evaluation of keep-sets would leave "
+            "out; evaluate them through apply_grip and generate"
         )
     vlm = FrozenVLM(model, processor, cache_bytes=1 << 28, tap=tap_all(selectors.values()))
     answers: dict[tuple[str, float], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
