@@ -79,7 +79,7 @@ def choose(
         taps={name: groups.pick(spread_taps(tap, visual, name)) for name, tap in taps.items()},
     )
     scores = selector(batch)
-    if scores is None:
+    if scores is None and getattr(selector, "inside", False):
         return None  # the selector drops tokens elsewhere
     if not isinstance(scores, Tensor) or scores.shape != groups.mask.shape or not scores.is_floating_point():
         got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__

@@ -137,6 +137,7 @@ def test_non_finite_scores(model, inputs, value):
         (lambda batch: torch.zeros(1, 1), r"shape \(2, 32\).*\(1, 1\)"),
         (lambda batch: batch.mask, "bool"),
         (lambda batch: [0.0], "list"),
+        (lambda batch: None, "NoneType"),
     ],
 )
 def test_scores_of_the_wrong_form(model, inputs, scores, match):

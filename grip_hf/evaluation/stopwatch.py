@@ -79,6 +79,10 @@ class TimedSelector:
         """Prepare the selector inside."""
         return self.selector.prepare(model)
 
+    def __getattr__(self, name: str) -> Any:
+        """What else the selector inside has, such as `merge`."""
+        return getattr(self.selector, name)
+
     def __call__(self, batch: VisualBatch) -> Tensor:
         """Scores of the selector inside."""
         self.watch.mark("selector_in")

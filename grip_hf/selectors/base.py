@@ -25,11 +25,13 @@ class Selector(ABC):
         needs: Names of the taps that `prepare` arranges and `__call__` reads from `batch.taps`. A name stands for one
             feature of one layer, so that two selectors that need it may share it.
         seed: For selectors that draw at random.
+        inside: True if the selector drops tokens within the language model and may return None here.
     """
 
     name: ClassVar[str] = ""
     needs: tuple[str, ...] = ()
     seed: int = 0
+    inside: ClassVar[bool] = False
 
     def prepare(self, model: PreTrainedModel) -> list[RemovableHandle]:
         """Get ready for a model; called once, when the patch is applied.

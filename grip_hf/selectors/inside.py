@@ -58,6 +58,8 @@ class InsideSelector(Selector):
     last token of a call that holds the answer too, as in training, is the answer's.
     """
 
+    inside = True
+
     @abstractmethod
     def stages(self, depth: int) -> list[tuple[int, int]]:
         """Per drop the layer whose attention ranks the tokens, and the first layer without the dropped ones."""
