@@ -63,7 +63,7 @@ def _draw_item(rng: np.random.Generator, canvas: Image.Image, item: Item, art: S
 
 
 def _print_words(rng: np.random.Generator, canvas: Image.Image, items: Sequence[Item]) -> Image.Image:
-    """Each word on a label strip, one letter a patch, moved by up to two pixels."""
+    """Each word on a label strip, one letter a patch, moved by up to one pixel."""
     pixels = np.array(canvas)
     for item in items:
         if item.word is None:

@@ -71,7 +71,7 @@ def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
 
 
 def _question(family: str, text: str, answer: str, evidence: Sequence[int], *looks: Sequence[Item]) -> Question:
-    """Build a question whose object words, from the last backwards, look at the given items."""
+    """Build a question whose object words look at the given items."""
     words = text.split()
     named = {item.name: item for group in looks for item in group}
     pairs = tuple((i, tuple(named[word].patches)) for i, word in enumerate(words) if word in named)
