@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--target", choices=["gradient", "attention"], default="gradient")
+    parser.add_argument("--target", choices=["combined", "gradient", "attention"], default="combined")
     parser.add_argument("--width", type=int, default=256, help="width of the scorer")
     parser.add_argument("--keep-ratio", type=float, default=0.25, help="default budget to save with the scorer")
     args = parser.parse_args()

@@ -3,7 +3,7 @@ import torch
 from classroom import TOKENS, build_vlm, make_store, rows
 
 from grip_hf.errors import UnsupportedModelError
-from grip_hf.training.importance import attention_importance, gradient_importance
+from grip_hf.training.importance import attention_importance, combined_importance, gradient_importance
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +69,16 @@ def test_a_model_that_passes_no_gradient_on_is_refused():
     layer.register_forward_hook(lambda module, args, out: out * 0)
     with pytest.raises(UnsupportedModelError, match="use target='attention'"):
         gradient_importance(store.vlm, store.samples([0, 1]))
+    with pytest.warns(UserWarning, match="attention alone"):
+        left = combined_importance(store.vlm, store.samples([0, 1]))
+    expected = attention_importance(store.vlm, store.samples([0, 1]))
+    assert torch.allclose(left, expected / expected.sum(1, keepdim=True))
+
+
+def test_combined_importance_is_the_mean_of_both_shares(store):
+    samples = store.samples([3, 0, 1])
+    both = [f(store.vlm, samples).double() for f in (attention_importance, gradient_importance)]
+    expected = sum(value / value.sum(1, keepdim=True) for value in both) / 2
+    found = combined_importance(store.vlm, samples)
+    assert torch.allclose(found.double(), expected, atol=1e-6)
+    assert not torch.allclose(found.argsort(1), both[0].argsort(1))

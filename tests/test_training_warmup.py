@@ -33,7 +33,7 @@ def test_the_ranking_loss_is_finite_without_any_importance():
     assert float(loss.detach()) == 0
 
 
-@pytest.mark.parametrize("target", ["gradient", "attention"])
+@pytest.mark.parametrize("target", ["combined", "gradient", "attention"])
 def test_warm_up_learns_the_targets(tmp_path, target):
     store, scorer = make_store(), make_scorer()
     args = training_arguments(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,59 +26,96 @@ def gradient_importance(vlm: FrozenVLM, samples: Sequence[Sample]) -> Tensor:
     Raises:
         UnsupportedModelError: The model's layers pass no gradients on.
     """
-    entered: dict[str, Any] = {}
+    return _gradient(vlm, samples, _watch(vlm, samples, gradient=True))
 
-    def watch(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        entered["embeds"] = kwargs["inputs_embeds"].detach().requires_grad_()
-        return args, {**kwargs, "inputs_embeds": entered["embeds"]}
+
+def attention_importance(vlm: FrozenVLM, samples: Sequence[Sample]) -> Tensor:
+    """Attention from the positions that predict the answer to the visual tokens, over all layers and heads.
+
+    Returns:
+        [B, N] float32, 0 at padding.
+    """
+    return _attention(samples, _watch(vlm, samples, attention=True))
+
+
+def combined_importance(vlm: FrozenVLM, samples: Sequence[Sample]) -> Tensor:
+    """The mean of attention and gradient x input, each as shares of its sum, from one pass.
+
+    They miss different things: attention what the answer reads through other words, the gradient what the model knows
+    for sure. Where no gradient gets through (some quantized layers), attention is left, with a warning.
+
+    Returns:
+        [B, N] float32, 0 at padding; rows sum to 1.
+    """
+    watched = _watch(vlm, samples, gradient=True, attention=True)
+    shares = _shares(_attention(samples, watched))
+    try:
+        return (shares + _shares(_gradient(vlm, samples, watched))) / 2
+    except UnsupportedModelError as error:
+        warnings.warn(f"the warm-up goes by attention alone: {error}", stacklevel=2)
+        return shares
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watched:
+    """One pass over prompts with their answers: what entered the language model, where pictures are, what came out."""
+
+    embeds: Tensor
+    visual: Tensor
+    output: Any
+
+
+def _watch(vlm: FrozenVLM, samples: Sequence[Sample], gradient: bool = False, attention: bool = False) -> _Watched:
+    """Run the frozen model on samples.
+
+    Attention maps need the eager kernel, so the language model is switched to it meanwhile.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        seen["embeds"] = kwargs["inputs_embeds"].detach().requires_grad_(gradient)
+        return args, {**kwargs, "inputs_embeds": seen["embeds"]}
 
     def remember(batch: dict[str, Tensor]) -> Tensor:
-        entered["visual"] = vlm.visual_mask(batch["input_ids"])
+        seen["visual"] = vlm.visual_mask(batch["input_ids"])
         return batch["attention_mask"]
 
+    language_model: Any = vlm.parts.language_model
+    before = language_model.config._attn_implementation
+    if attention:
+        language_model.set_attn_implementation("eager")
+    try:
+        with torch.set_grad_enabled(gradient), language_model.register_forward_pre_hook(enter, with_kwargs=True):
+            output = vlm.run(samples, attention_mask=remember, output_attentions=attention)
+    finally:
+        if attention:
+            language_model.set_attn_implementation(before)
+    return _Watched(seen["embeds"], seen["visual"], output)
+
+
+def _gradient(vlm: FrozenVLM, samples: Sequence[Sample], watched: _Watched) -> Tensor:
     ids, mask = answer_ids(samples)
-    with torch.enable_grad(), vlm.parts.language_model.register_forward_pre_hook(watch, with_kwargs=True):
-        logs = vlm.run(samples, attention_mask=remember).logits.float().log_softmax(-1)
-        told = logs.gather(2, ids[..., None]).squeeze(-1)[mask].sum()
-        (gradient,) = torch.autograd.grad(told, entered["embeds"])
+    logs = watched.output.logits.float().log_softmax(-1)
+    told = logs.gather(2, ids[..., None]).squeeze(-1)[mask].sum()
+    (gradient,) = torch.autograd.grad(told, watched.embeds)
     if not bool(gradient.any()):
         raise UnsupportedModelError(
             f"no gradient reaches the visual tokens of {type(vlm.model).__name__} (some quantized layers pass none "
             "on); use target='attention'"
         )
-    effect = (gradient.float() * entered["embeds"].detach().float()).sum(-1).abs()
-    return _per_sample(effect, entered["visual"])
+    effect = (gradient.float() * watched.embeds.detach().float()).sum(-1).abs()
+    return _per_sample(effect, watched.visual)
 
 
 @torch.no_grad()
-def attention_importance(vlm: FrozenVLM, samples: Sequence[Sample]) -> Tensor:
-    """Attention from the positions that predict the answer to the visual tokens, over all layers and heads.
-
-    Attention maps need the eager kernel, so the language model is switched to it meanwhile.
-
-    Returns:
-        [B, N] float32, 0 at padding.
-    """
-    entered: dict[str, Tensor] = {}
-
-    def remember(batch: dict[str, Tensor]) -> Tensor:
-        entered["visual"] = vlm.visual_mask(batch["input_ids"])
-        return batch["attention_mask"]
-
-    language_model: Any = vlm.parts.language_model
-    before = language_model.config._attn_implementation
-    language_model.set_attn_implementation("eager")
-    try:
-        maps = vlm.run(samples, attention_mask=remember, output_attentions=True).attentions
-    finally:
-        language_model.set_attn_implementation(before)
+def _attention(samples: Sequence[Sample], watched: _Watched) -> Tensor:
     _, mask = answer_ids(samples)
     longest, weight = mask.shape[1], mask.float()
-    received = torch.zeros_like(entered["visual"], dtype=torch.float32)
-    for layer in maps:  # [B, heads, L, L]; answers are predicted one position before they stand
+    received = torch.zeros_like(watched.visual, dtype=torch.float32)
+    for layer in watched.output.attentions:  # [B, heads, L, L]; answers are predicted one position before they stand
         asking = layer[:, :, -longest - 1 : -1].float().mean(1)
         received += (asking * weight[..., None]).sum(1)
-    return _per_sample(received, entered["visual"])
+    return _per_sample(received, watched.visual)
 
 
 def _per_sample(values: Tensor, visual: Tensor) -> Tensor:
@@ -85,4 +124,12 @@ def _per_sample(values: Tensor, visual: Tensor) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-IMPORTANCES: dict[str, Importance] = {"gradient": gradient_importance, "attention": attention_importance}
+def _shares(values: Tensor) -> Tensor:
+    return values / values.sum(1, keepdim=True).clamp(min=1e-12)
+
+
+IMPORTANCES: dict[str, Importance] = {
+    "combined": combined_importance,
+    "gradient": gradient_importance,
+    "attention": attention_importance,
+}

@@ -51,7 +51,7 @@ class Plan:
     warmup_steps: int = 800
     steps: int = 2500
     budgets: BudgetRange = dataclasses.field(default_factory=BudgetRange)
-    target: str = "attention"
+    target: str = "combined"
     seed: int = 0
     save_every: int = 250
     scorer: dict[str, Any] = dataclasses.field(default_factory=dict)

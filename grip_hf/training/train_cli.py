@@ -30,7 +30,7 @@ def train(
     rate: Annotated[float, typer.Option(help="Peak learning rate of the method.")] = 2e-4,
     warmup_rate: Annotated[float, typer.Option(help="Peak learning rate of the warm-up.")] = 1e-3,
     budgets: Annotated[str, typer.Option(help="Smallest and largest keep ratio, separated by a comma.")] = "0.03,0.6",
-    target: Annotated[str, typer.Option(help="Target of the warm-up: gradient or attention.")] = "attention",
+    target: Annotated[str, typer.Option(help="Target of the warm-up: combined, gradient or attention.")] = "combined",
     rewards: Annotated[
         str, typer.Option(help="Rewards: closeness, correctness, likelihood.")
     ] = "closeness,correctness",

@@ -43,14 +43,14 @@ class WarmupTrainer(StoreTrainer):
 
     Args:
         *args: See `StoreTrainer`.
-        target: Name of the importance: "gradient" or "attention".
+        target: Name of the importance: "combined", "gradient" or "attention".
         **kwargs: See `StoreTrainer`.
 
     Raises:
         ConfigError: The target is unknown.
     """
 
-    def __init__(self, *args: Any, target: str = "attention", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, target: str = "combined", **kwargs: Any) -> None:
         if target not in IMPORTANCES:
             raise ConfigError(f"target must be one of {sorted(IMPORTANCES)}, got {target!r}")
         super().__init__(*args, **kwargs)
