@@ -1,6 +1,6 @@
 import pytest
 
-from grip_hf.evaluation.metrics import table, wilson
+from grip_hf.evaluation.metrics import average, table, wilson
 
 
 def test_wilson_intervals_of_known_cases():
@@ -32,3 +32,18 @@ def test_a_table_has_tasks_and_their_mean():
     for row in rows:
         low, high = row["ci95"]
         assert 0 <= low <= row["accuracy"] <= high <= 1 and low < high
+
+
+def test_trainings_are_averaged_with_both_spreads():
+    def rows(accuracy):
+        row = {"selector": "a", "budget": 0.5, "task": "x", "accuracy": accuracy, "n": 100}
+        return [{**row, "ci95": (accuracy - 0.03, accuracy + 0.03)}]
+
+    assert average([rows(0.5)]) == rows(0.5)
+    (row,) = average([rows(0.5), rows(0.52), rows(0.57)])
+    assert row["accuracy"] == pytest.approx(0.53) and row["n"] == 100 and row["seeds"] == [0.5, 0.52, 0.57]
+    # Standard deviation 0.036056 of 3 trainings; Student's t with 2 degrees of freedom, 4.3027.
+    half = (0.03**2 + (4.3027 * 0.036056 / 3**0.5) ** 2) ** 0.5
+    assert row["ci95"] == pytest.approx((0.53 - half, 0.53 + half), abs=1e-4)
+    (wide,) = average([rows(0.1), rows(0.9)])
+    assert wide["ci95"] == (0, 1)

@@ -7,12 +7,15 @@ from classroom import TOKENS, build_vlm, make_scorer, rows
 from typer.testing import CliRunner
 
 from grip_hf.config import ConfigError
+from grip_hf.evaluation.downsampling import downsample
 from grip_hf.evaluation.eval_cli import evaluate as eval_command
-from grip_hf.evaluation.runner import Oracle, evaluate
+from grip_hf.evaluation.methods import Downsampling, Oracle, Prompts
+from grip_hf.evaluation.runner import evaluate
 from grip_hf.evaluation.tasks import named_selectors, pocket_examples
-from grip_hf.patch import apply_grip
+from grip_hf.patch import apply_grip, remove_grip
+from grip_hf.pocket import load_pocket_llava
 from grip_hf.scorer import ScorerError
-from grip_hf.selectors import get_selector
+from grip_hf.selectors import SELECTORS, get_selector
 from grip_hf.training.data import DatasetExamples
 from grip_hf.training.pocket_examples import PocketExamples
 
@@ -98,15 +101,91 @@ def test_bad_budgets(budgets):
         evaluate(*build_vlm(), DatasetExamples(rows(1)), {"grid": get_selector("grid")}, budgets)
 
 
-def test_selectors_that_merge_are_refused():
-    with pytest.raises(ConfigError, match="visionzip"):
-        evaluate(*build_vlm(), DatasetExamples(rows(1)), {"visionzip": get_selector("visionzip")}, [0.5])
+@pytest.fixture(scope="module")
+def pocket():
+    """The pocket model, its processor, and one question of each family."""
+    drawn = pocket_examples(9, seed=5)
+    return *load_pocket_llava(), [drawn[row] for row in range(9)]
+
+
+@pytest.mark.parametrize("name", [*sorted({*SELECTORS} - {"grip"}), "warmup", "unpruned"])
+def test_every_selector_answers_as_the_patched_model_does(name, pocket, monkeypatch):
+    """Encoded pictures, batches and padding change nothing: not a token that is written."""
+    model, processor, examples = pocket
+    heard = []
+
+    class Watched(Prompts):
+        def said(self, inputs):
+            heard.extend(found := super().said(inputs))
+            return found
+
+    def until_end(ids):
+        ids = ids.tolist()
+        return ids[: ids.index(model.generation_config.eos_token_id) + 1] if 2 in ids else ids
+
+    monkeypatch.setattr("grip_hf.evaluation.runner.Prompts", Watched)
+    selectors = {} if name == "unpruned" else named_selectors([name])
+    evaluate(model, processor, examples, selectors, [0.06], batch_size=9, progress=False)
+    heard = heard[0 if name == "unpruned" else 9 :]
+    assert len(heard) == 9 and len(heard[0]) > 3
+    if selectors:
+        apply_grip(model, keep_ratio=0.06, selector=selectors[name])
+    for example, mine in zip(examples, heard, strict=True):
+        inputs = processor.apply_chat_template(
+            [example.messages], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        theirs = model.generate(**inputs, max_new_tokens=len(mine), do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert until_end(mine) == until_end(theirs)
+    remove_grip(model)
+
+
+def test_downsampling_answers_as_the_model_does_with_smaller_pictures(pocket):
+    """Per question: the picture shrunk by hand, one forward pass per token."""
+    model, processor, examples = pocket
+    found = evaluate(model, processor, examples, {"small": Downsampling()}, [0.5, 0.05], batch_size=4, progress=False)
+    rows = {(row["budget"], row["task"]): row["accuracy"] for row in found if row["selector"] == "small"}
+    for ratio, side in ((0.5, 8), (0.05, 2)):  # 72 and 7 of 144 tokens
+        right = {}
+        for example in examples:
+            inputs = processor.apply_chat_template(
+                [example.messages], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+            answer = [*processor.tokenizer(example.answer, add_special_tokens=False).input_ids, 2]
+            small, said = downsample(model, dict(inputs), side**2), []
+            assert small["input_ids"].shape[1] == inputs["input_ids"].shape[1] - 144 + side**2
+            while len(said) < len(answer):
+                said.append(int(model(**small).logits[0, -1].argmax()))
+                for name, value in (("input_ids", said[-1]), ("attention_mask", 1)):
+                    small[name] = torch.cat([small[name], torch.tensor([[value]])], 1)
+                place = small["position_ids"]
+                small["position_ids"] = torch.cat([place, place[:, -1:] + 1], 1)
+            right.setdefault(example.columns["task"], []).append(said == answer)
+        for task, hits in right.items():
+            assert rows[ratio, task] == pytest.approx(sum(hits) / len(hits))
+
+
+def test_several_trainings_are_averaged():
+    data, ratios = DatasetExamples(own_answers(12)), [0.5, 0.2]
+    trainings = [get_selector("random", seed=seed) for seed in range(3)]
+    apart = {str(seed): one for seed, one in enumerate(trainings)}
+    single = evaluate(*build_vlm(), data, apart, ratios, progress=False)
+    found = evaluate(*build_vlm(), data, {"random": trainings, "grid": get_selector("grid")}, ratios, progress=False)
+    rows = {(row["selector"], row["budget"], row["task"]): row for row in found}
+    for task in ("even", "odd", "mean"):
+        for ratio in ratios:
+            row = rows["random", ratio, task]
+            of = {one["selector"]: one for one in single if (one["budget"], one["task"]) == (ratio, task)}
+            assert row["seeds"] == [of[str(seed)]["accuracy"] for seed in range(3)]
+            assert row["accuracy"] == pytest.approx(sum(row["seeds"]) / 3)
+            assert "seeds" not in rows["grid", ratio, task]
 
 
 def test_selectors_by_name(tmp_path):
     make_scorer().save_pretrained(tmp_path)
     found = named_selectors(["random", f"mine={tmp_path}", "oracle"], seed=7)
     assert list(found) == ["random", "mine", "oracle"] and found["random"].seed == 7
+    both = named_selectors([f"mine={tmp_path}+{tmp_path}", "downsampling"], pocket=False)
+    assert len(both["mine"]) == 2 and isinstance(both["downsampling"], Downsampling)
     for specs, message in ([["nonsense"], "got 'nonsense'"], [["grid", "grid"], "given twice"], [[], "at least one"]):
         with pytest.raises(ConfigError, match=message):
             named_selectors(specs)

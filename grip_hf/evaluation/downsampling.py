@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..architectures import find_parts
+from ..architectures import Parts, find_parts
 from ..config import check_num_tokens
 from ..errors import ConfigError, UnsupportedModelError
 from ..pruning import make_plan, take
@@ -25,34 +25,29 @@ def downsample(
 ) -> dict[str, Any]:
     """Inputs of the same prompts with smaller pictures, for the model without a patch.
 
-    Pictures are shrunk to the square of patches nearest to `num_tokens`, and the tower interpolates its position
+    Pictures are shrunk to the largest square of at most `num_tokens` patches, and the tower interpolates its position
     embeddings.
 
     Args:
         model: A model with a tower for square pictures and one visual token per patch (LLaVA), not patched.
         inputs: `input_ids`, `attention_mask` and `pixel_values` of a batch padded on the left.
-        num_tokens: Visual tokens per picture to come close to, >= 1.
+        num_tokens: Most visual tokens per picture, >= 1.
         positions: "original" gives each token the position of the patch in its middle, "compact" numbers them on.
 
     Returns:
-        Arguments of the model's forward call; the encoded pictures stand in `mm_encoder_outputs`.
+        Arguments of the model's forward call, or of `generate`; the encoded pictures stand in `mm_encoder_outputs`.
 
     Raises:
         ConfigError: `num_tokens` or `positions` is not allowed.
         UnsupportedModelError: The tower is of another kind.
     """
-    parts = find_parts(model)
+    parts = check_square(model)
     config: Any = parts.base.config
     vision = config.vision_config
-    if config.model_type != "llava" or vision.model_type not in PREFIX:
-        raise UnsupportedModelError(
-            f"down-sampling needs a LLaVA model with a CLIP or SigLIP tower, this {config.model_type!r} model has a "
-            f"tower of type {vision.model_type!r}; models of any resolution take smaller pictures from their processor"
-        )
     if positions not in ("original", "compact"):
         raise ConfigError(f"positions must be 'original' or 'compact', got {positions!r}")
     full = vision.image_size // vision.patch_size
-    side = min(full, max(1, round(math.sqrt(check_num_tokens(num_tokens)))))
+    side = min(full, math.isqrt(check_num_tokens(num_tokens)))
     size = (side * vision.patch_size,) * 2
     pixels = F.interpolate(inputs["pixel_values"].float(), size, mode="bilinear", antialias=True)
     pictures = parts.base.get_image_features(  # type: ignore[operator]
@@ -75,6 +70,19 @@ def downsample(
         else plan.valid.long().cumsum(1).sub(1).clamp(min=0),
         "mm_encoder_outputs": {"image": pictures},
     }
+
+
+def check_square(model: Any) -> Parts:
+    """The parts of a model whose pictures can be shrunk; raises `UnsupportedModelError` for any other."""
+    parts = find_parts(model)
+    config: Any = parts.base.config
+    vision = config.vision_config
+    if config.model_type != "llava" or vision.model_type not in PREFIX:
+        raise UnsupportedModelError(
+            f"down-sampling needs a LLaVA model with a CLIP or SigLIP tower, this {config.model_type!r} model has a "
+            f"tower of type {vision.model_type!r}; models of any resolution take smaller pictures from their processor"
+        )
+    return parts
 
 
 def middle_patches(index: Tensor, side: int, full: int) -> Tensor:

@@ -23,7 +23,10 @@ def evaluate(
     dataset: Annotated[str | None, typer.Option(help="With --model: id or folder of a dataset with answers.")] = None,
     split: Annotated[str, typer.Option(help="Split of that dataset.")] = "test",
     selectors: Annotated[
-        str, typer.Option(help="Selectors separated by commas; label=folder takes a scorer of your own.")
+        str,
+        typer.Option(
+            help="Separated by commas; label=folder takes a scorer of your own, label=folder+folder averages."
+        ),
     ] = "random,grid,cls_attention,similarity,diversity",
     budgets: Annotated[str, typer.Option(help="Keep ratios separated by commas.")] = "0.5,0.25,0.11,0.05,0.03",
     examples: Annotated[int, typer.Option(min=1, help="Questions to ask.")] = 2000,

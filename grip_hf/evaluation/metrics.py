@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, stdev
 from typing import TypedDict
 
 Z95 = 1.959963984540054
+# Student's t at 95 %, two-sided, for 1, 2, ... degrees of freedom; more than these take the last, which is wider.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MEAN = "mean"
 UNPRUNED = "unpruned"
 
 
-class Row(TypedDict):
-    """One line of an evaluation table; `ci95` is (low, high), `budget` the keep ratio."""
-
+class _Row(TypedDict):
     selector: str
     budget: float
     task: str
     accuracy: float
     n: int
     ci95: tuple[float, float]
+
+
+class Row(_Row, total=False):
+    """One line of an evaluation table.
+
+    Attributes:
+        selector: What chose the tokens.
+        budget: The keep ratio.
+        task: The task, or "mean" over the tasks.
+        accuracy: Share of right answers; over several trainings of a selector, the mean of theirs.
+        n: Number of examples.
+        ci95: (low, high), an interval over the examples, and over trainings where there are several.
+        seeds: The accuracy of each training, where there are several.
+    """
+
+    seeds: list[float]
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -55,9 +72,33 @@ def table(answers: Mapping[tuple[str, float], Mapping[str, Sequence[bool]]], tas
 
 def _mean(selector: str, budget: float, counts: Sequence[tuple[int, int]]) -> Row:
     """The mean of the tasks' accuracies; its interval adds up their Agresti-Coull variances, which are never 0."""
-    mean = sum(right / n for right, n in counts) / len(counts)
+    middle = mean(right / n for right, n in counts)
     smooth = [((right + 2) / (n + 4), n + 4) for right, n in counts]
     half = Z95 * math.sqrt(sum(p * (1 - p) / n for p, n in smooth)) / len(counts)
-    bounds = (max(0.0, mean - half), min(1.0, mean + half))
+    bounds = (max(0.0, middle - half), min(1.0, middle + half))
     total = sum(n for _, n in counts)
-    return Row(selector=selector, budget=budget, task=MEAN, accuracy=mean, n=total, ci95=bounds)
+    return Row(selector=selector, budget=budget, task=MEAN, accuracy=middle, n=total, ci95=bounds)
+
+
+def average(tables: Sequence[Sequence[Row]]) -> list[Row]:
+    """One table from those of several trainings of a selector, judged on the same examples.
+
+    Half an interval adds up, as variances do, half the examples' interval (which trainings share) and Student's
+    interval of the mean over trainings.
+
+    Args:
+        tables: Per training its rows, the same ones in the same order, at least one training.
+    """
+    if len(tables) == 1:
+        return list(tables[0])
+    rows = []
+    for same in zip(*tables, strict=True):
+        found = [row["accuracy"] for row in same]
+        examples = mean((row["ci95"][1] - row["ci95"][0]) / 2 for row in same)
+        trainings = T95[min(len(found), len(T95) + 1) - 2] * stdev(found) / math.sqrt(len(found))
+        middle, half = mean(found), math.hypot(examples, trainings)
+        bounds = (max(0.0, middle - half), min(1.0, middle + half))
+        row = same[0].copy()
+        row.update(accuracy=middle, ci95=bounds, seeds=found)
+        rows.append(row)
+    return rows

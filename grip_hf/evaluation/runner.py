@@ -1,4 +1,4 @@
-"""Every selector on the same examples: pictures encoded once, answers judged by one rule."""
+"""Every method on the same examples: pictures encoded once, answers judged by one rule."""
 
 from __future__ import annotations
 
@@ -6,50 +6,31 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..config import check_keep_ratio, count_kept
+from ..config import check_keep_ratio
 from ..errors import ConfigError
-from ..selection import VisualBatch, topk_mask
 from ..selectors.base import Selector
 from ..training.data import Examples
 from ..training.features import FrozenVLM
-from ..training.samples import Sample, answer_ids, stack_visual
-from ..training.store import SampleStore, compare
-from .metrics import UNPRUNED, Row, table
+from .methods import Method, Prompts, Pruned, Scores, Unpruned
+from .metrics import UNPRUNED, Row, average, table
 
-Scores = Callable[[VisualBatch], Tensor]
-
-
-class Oracle:
-    """Keeps what the examples themselves say is needed (`columns["evidence"]`): an upper bound, not a method."""
-
-    def scores(self, batch: VisualBatch, samples: Sequence[Sample]) -> Tensor:
-        """[G, N] float32: falling along each example's evidence.
-
-        Raises:
-            ConfigError: An example has no evidence, or one beyond its tokens.
-        """
-        result = torch.zeros_like(batch.mask, dtype=torch.float32)
-        for row, sample in zip(result, samples, strict=True):
-            order = sample.example.columns.get("evidence")
-            if order is None:
-                raise ConfigError("the selector 'oracle' needs examples with a column 'evidence'")
-            if order and not 0 <= min(order) <= max(order) < sample.num_visual:
-                raise ConfigError(f"evidence must name visual tokens 0 to {sample.num_visual - 1}, got {list(order)}")
-            row[list(order)] = torch.arange(len(order), 0, -1, dtype=torch.float32, device=row.device)
-        return result
+Judged = Scores | Method
+# One line per answer: which method, its training, the keep ratio, the task, right or wrong.
+Verdict = tuple[str, int, float, str, bool]
 
 
-def tap_all(selectors: Iterable[Any]) -> Callable[[Any], list[Any]]:
-    """Prepare several selectors on one model; a tap that two of them need is registered once."""
+def tap_all(methods: Iterable[Method]) -> Callable[[Any], list[Any]]:
+    """Register the taps that several methods need on one model, each once."""
 
     def tap(model: Any) -> list[Any]:
         handles, covered = [], set[str]()
-        for selector in selectors:
-            if isinstance(selector, Selector) and not (selector.needs and set(selector.needs) <= covered):
+        for method in methods:
+            selector = method.selector if isinstance(method, Pruned) else None
+            if isinstance(selector, Selector) and not set(selector.needs) <= covered:
                 handles += selector.prepare(model)
                 covered |= set(selector.needs)
         return handles
@@ -61,67 +42,87 @@ def evaluate(
     model: Any,
     processor: Any,
     examples: Examples,
-    selectors: Mapping[str, Scores | Oracle],
+    selectors: Mapping[str, Judged | Sequence[Judged]],
     budgets: Sequence[float],
     batch_size: int = 64,
     progress: bool = True,
+    processes: PartialState | None = None,
 ) -> list[Row]:
     """Accuracy of every selector at every budget, and of the unpruned model.
 
-    An answer is right if greedy decoding would write exactly the reference answer. That is read off one forward pass
-    with the answer fed in: each of its tokens must be the likeliest one.
+    An answer is right if the patched model's `generate`, decoding greedily, writes exactly the reference answer.
 
     Args:
         model: The model; a patch on it is replaced and removed again.
         processor: Its processor.
         examples: What to ask; `columns["task"]` names the task, where there are several.
-        selectors: By the name to report.
+        selectors: By the name to report: a selector or another `Method`, or several trainings of one, whose rows are
+            averaged.
         budgets: Keep ratios in (0, 1].
         batch_size: Examples at once.
         progress: Whether to show a progress bar.
+        processes: Shares the batches among the processes of a launch; each gets the whole table, the one that a
+            single process would make.
 
     Raises:
-        ConfigError: A budget is not allowed, there are no selectors or examples, or a selector merges tokens.
+        ConfigError: A budget is not allowed, or there are no budgets or examples.
+        UnsupportedModelError: A selector cannot work with the model.
     """
     ratios = [check_keep_ratio(budget) for budget in budgets]
     if not ratios or not len(examples) or batch_size < 1:
         raise ConfigError(
             f"nothing to evaluate: budgets={list(budgets)}, {len(examples)} examples, batch_size={batch_size}"
         )
-    merging = sorted(name for name, selector in selectors.items() if hasattr(selector, "merge"))
-    if merging:
-        raise ConfigError(
-            f"selectors {merging} merge dropped tokens into kept ones, which this evaluation of keep-sets would leave "
-            "out; evaluate them through apply_grip and generate"
-        )
-    vlm = FrozenVLM(model, processor, cache_bytes=1 << 28, tap=tap_all(selectors.values()))
-    answers: dict[tuple[str, float], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    methods = {name: [_method(one) for one in _several(found)] for name, found in selectors.items()}
+    every = [one for trainings in methods.values() for one in trainings]
+    for one in every:
+        one.check(model)
+    rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
+    starts = range(rank * batch_size, len(examples), world * batch_size)
+    vlm = FrozenVLM(model, processor, cache_bytes=1 << 28, tap=tap_all(every))
+    verdicts: list[list[Verdict]] = []
     try:
-        for start in tqdm(range(0, len(examples), batch_size), desc="evaluating", disable=not progress):
+        for start in tqdm(starts, desc="evaluating", disable=not progress or rank > 0):
+            vlm.attach()
             samples = vlm.prepare([examples[row] for row in range(start, min(start + batch_size, len(examples)))])
-            tasks = [str(sample.example.columns.get("task", "all")) for sample in samples]
-            for key, right in _judge(vlm, samples, selectors, ratios):
-                for task, is_right in zip(tasks, right, strict=True):
-                    answers[key][task].append(is_right)
+            verdicts.append(list(_judge(Prompts(vlm, samples), methods, ratios)))
     finally:
         vlm.close()
-    order = dict.fromkeys(task for by_task in answers.values() for task in by_task)
-    return table(answers, order)
+    if world > 1:
+        # Batches dealt out in turn come back in their order, so that rows and tasks stand as one process puts them.
+        shards: list[list[list[Verdict]]] = gather_object([verdicts])
+        verdicts = [shards[i % world][i // world] for i in range(sum(map(len, shards)))]
+    return _table([one for batch in verdicts for one in batch], methods)
 
 
-@torch.no_grad()
-def _judge(
-    vlm: FrozenVLM, samples: list[Sample], selectors: Mapping[str, Scores | Oracle], ratios: Sequence[float]
-) -> Iterable[tuple[tuple[str, float], list[bool]]]:
-    """For the unpruned model and each (selector, ratio): which answers of a batch are right."""
-    store = SampleStore(vlm, [])
-    full = vlm.full_log_probs(samples)
-    yield (UNPRUNED, 1.0), compare(full, full, *answer_ids(samples)).correct.tolist()
-    for ratio in ratios:
-        counts = torch.tensor([count_kept(sample.num_visual, ratio) for sample in samples])
-        batch = stack_visual([sample.visual for sample in samples], counts)
-        for name, selector in selectors.items():
-            scores = selector.scores(batch, samples) if isinstance(selector, Oracle) else selector(batch)
-            chosen = topk_mask(scores.float(), batch.mask, batch.budgets)
-            keep = [row[: sample.num_visual] for row, sample in zip(chosen, samples, strict=True)]
-            yield (name, ratio), store.judge(samples, keep).correct.tolist()
+def _several(found: Judged | Sequence[Judged]) -> Sequence[Judged]:
+    return found if isinstance(found, Sequence) else [found]
+
+
+def _method(one: Judged) -> Method:
+    return one if hasattr(one, "answers") else Pruned(one)  # type: ignore[return-value]
+
+
+def _judge(prompts: Prompts, methods: Mapping[str, Sequence[Method]], ratios: Sequence[float]) -> Iterable[Verdict]:
+    """What every method makes of a batch, and the unpruned model."""
+    tasks = [str(sample.example.columns.get("task", "all")) for sample in prompts.samples]
+    for task, right in zip(tasks, Unpruned().answers(prompts, [1.0])[0], strict=True):
+        yield UNPRUNED, 0, 1.0, task, right
+    for name, trainings in methods.items():
+        for number, one in enumerate(trainings):
+            for ratio, answers in zip(ratios, one.answers(prompts, ratios), strict=True):
+                for task, right in zip(tasks, answers, strict=True):
+                    yield name, number, ratio, task, right
+
+
+def _table(verdicts: Iterable[Verdict], methods: Mapping[str, Sequence[Method]]) -> list[Row]:
+    """Rows of every method, several trainings of a selector averaged."""
+    answers: dict[int, dict[tuple[str, float], dict[str, list[bool]]]] = defaultdict(dict)
+    for name, number, ratio, task, right in verdicts:
+        answers[number].setdefault((name, ratio), defaultdict(list))[task].append(right)
+    order = dict.fromkeys(task for by_task in answers[0].values() for task in by_task)
+    rows: dict[tuple[str, float], list[list[Row]]] = defaultdict(list)
+    for by_key in answers.values():
+        for key, by_task in by_key.items():
+            rows[key].append(table({key: by_task}, order))
+    return [row for tables in rows.values() for row in average(tables)]

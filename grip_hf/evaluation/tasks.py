@@ -10,11 +10,12 @@ from ..pocket.model import WEIGHTS
 from ..scorer import GripScorer
 from ..selectors import SELECTORS, get_selector
 from ..training.pocket_examples import PocketExamples
-from .runner import Oracle, Scores
+from .methods import Downsampling, Oracle
+from .runner import Judged
 
 SHIPPED_FOLDER = WEIGHTS.parent / "scorers"  # but for "grip", which is the GRIP part of the pocket checkpoint
 SHIPPED = ("grip", "warmup", "relaxed")
-ORACLE = "oracle"
+ORACLE, DOWNSAMPLING = "oracle", "downsampling"
 
 
 def pocket_examples(examples: int, seed: int = 0) -> PocketExamples:
@@ -27,12 +28,13 @@ def pocket_examples(examples: int, seed: int = 0) -> PocketExamples:
     return PocketExamples(examples, seed, split="test")
 
 
-def named_selectors(specs: Iterable[str], seed: int = 0, pocket: bool = True) -> dict[str, Scores | Oracle]:
+def named_selectors(specs: Iterable[str], seed: int = 0, pocket: bool = True) -> dict[str, Judged | list[Judged]]:
     """Selectors from what a user writes.
 
     Args:
-        specs: Each the name of a selector, `label=folder` for a scorer of your own, and for the pocket model also
-            "grip", "warmup", "relaxed" (the scorers shipped with it) and "oracle".
+        specs: Each the name of a selector, "downsampling", `label=folder` for a scorer of your own or
+            `label=folder+folder+...` for several trainings of one, and for the pocket model also "grip", "warmup",
+            "relaxed" (the scorers shipped with it) and "oracle".
         seed: For selectors that draw at random.
         pocket: Whether the pocket model is evaluated.
 
@@ -40,13 +42,15 @@ def named_selectors(specs: Iterable[str], seed: int = 0, pocket: bool = True) ->
         ConfigError: A name is unknown, given twice, or none is given.
         ScorerError: A scorer cannot be loaded.
     """
-    found: dict[str, Scores | Oracle] = {}
+    found: dict[str, Judged | list[Judged]] = {}
     for spec in specs:
-        name, _, folder = spec.partition("=")
+        name, _, folders = spec.partition("=")
         if name in found:
             raise ConfigError(f"selector {name!r} is given twice")
-        if folder:
-            found[name] = get_selector("grip", scorer=folder)
+        if folders:
+            found[name] = [get_selector("grip", scorer=folder) for folder in folders.split("+")]
+        elif name == DOWNSAMPLING:
+            found[name] = Downsampling()
         elif pocket and name == ORACLE:
             found[name] = Oracle()
         elif pocket and name in SHIPPED:
@@ -55,7 +59,7 @@ def named_selectors(specs: Iterable[str], seed: int = 0, pocket: bool = True) ->
             found[name] = get_selector(name, seed=seed)
         else:
             own = [*SHIPPED, ORACLE] if pocket else []
-            known = sorted({*SELECTORS, *own} - (set() if pocket else {"grip"}))
+            known = sorted({*SELECTORS, DOWNSAMPLING, *own} - (set() if pocket else {"grip"}))
             raise ConfigError(f"selector must be label=folder of a scorer or one of {known}, got {spec!r}")
     if not found:
         raise ConfigError("give at least one selector")

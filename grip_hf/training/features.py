@@ -58,8 +58,12 @@ class FrozenVLM:
         self._cache = ByteCache[Encoded](cache_bytes)
         self._seen: VisualBatch | None = None
         self._keep: Sequence[Tensor] | None = None
-        apply_grip(model, GripConfig(num_tokens=1), selector=self._select)
+        self.attach()
         self._taps = list(tap(model)) if tap is not None else []
+
+    def attach(self) -> None:
+        """Put the patch on the model again, after another one stood there."""
+        apply_grip(self.model, GripConfig(num_tokens=1), selector=self._select)
 
     def close(self) -> None:
         """Remove the patch from the model."""
@@ -99,11 +103,11 @@ class FrozenVLM:
         Raises:
             DatasetError: An example cannot be processed, or holds no visual token.
         """
-        inputs = [self._process(example) for example in examples]
+        inputs = [self.process(example) for example in examples]
         encoded = [self._encode(one) for one in inputs]
         self._seen = None
         with self.model.grip.budget(num_tokens=1):  # choosing comes before the language model: let that run on little
-            self.parts.base(**self.collate(inputs), **_pictures(encoded), use_cache=False)
+            self.parts.base(**self.collate(inputs), **pictures(encoded), use_cache=False)
         seen = self._seen
         if seen is None or len(seen.mask) != len(inputs):
             raise DatasetError("an example has no visual token, or only one: there is nothing to choose")
@@ -115,7 +119,12 @@ class FrozenVLM:
             samples.append(Sample(inputs[row], encoded[row], visual, answer, size, example))
         return samples
 
-    def _process(self, example: Example) -> dict[str, Tensor]:
+    def process(self, example: Example) -> dict[str, Tensor]:
+        """The processor's output for one example, a batch of one with pixels.
+
+        Raises:
+            DatasetError: The processor cannot take it.
+        """
         try:
             batch = self.processor.apply_chat_template(
                 [example.messages], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -155,7 +164,7 @@ class FrozenVLM:
         with self.model.grip.disabled():
             ids = self.model.generate(
                 **inputs,
-                **_pictures([encoded]),
+                **pictures([encoded]),
                 max_new_tokens=self.max_answer_tokens,
                 do_sample=False,
                 suppress_tokens=list(self.parts.token_ids),  # an answer holds no pictures
@@ -205,8 +214,8 @@ class FrozenVLM:
         self._keep = keep
         try:
             with budget:
-                pictures = _pictures([sample.encoded for sample in samples])
-                output = self.model(**batch, **pictures, **kwargs, use_cache=False, logits_to_keep=longest + 1)
+                seen = pictures([sample.encoded for sample in samples])
+                output = self.model(**batch, **seen, **kwargs, use_cache=False, logits_to_keep=longest + 1)
         finally:
             self._keep = None
         output.logits = output.logits[:, :-1]
@@ -227,8 +236,8 @@ class FrozenVLM:
         return result
 
 
-def _pictures(encoded: Sequence[Encoded]) -> dict[str, Any]:
-    """Encoded pictures of several examples as an argument of the model."""
+def pictures(encoded: Sequence[Encoded]) -> dict[str, Any]:
+    """Encoded pictures of several examples, and their taps, as an argument of the model."""
     parts = [one.features for one in encoded]
     joined: Any = torch.cat(parts) if isinstance(parts[0], Tensor) else [one for part in parts for one in part]
     carrier: Any = BaseModelOutputWithPooling(pooler_output=joined)
