@@ -6,18 +6,22 @@ Sliding windows count positions of the *unpruned* sequence, whichever cache or m
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.masking_utils import find_first_full_attention_index, find_packed_sequence_indices
+from transformers.masking_utils import find_packed_sequence_indices
 
 from . import masks
 from .cache import CacheState, window
 from .errors import GripError
 from .masks import KeyMap
-from .pruning import Plan, take_last
+from .pruning import Plan, take, take_last
+
+# Layers that carry a state from token to token; their mask is that of the call's own tokens, [B, L], or None.
+RECURRENT = ("linear_attention", "conv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,8 @@ def attention_masks(kwargs: dict[str, Any], positions: Tensor, step: Step, confi
     kept = step.plan.index.shape[1]
     additive = dtype if config._attn_implementation == "eager" else None
     segments = _packed_segments(kwargs, positions, step, config)
+    if any(kind in RECURRENT for kind in getattr(config, "layer_types", None) or ()):
+        _check_recurrent(segments, step)
     if segments is not None:
         if _uses_flash(config):
             raise GripError("cannot prune a packed batch with flash attention; use sdpa or a padded batch")
@@ -69,7 +75,12 @@ def attention_masks(kwargs: dict[str, Any], positions: Tensor, step: Step, confi
             return {kind: masks.mask_2d(one, step.keys) for kind, one in mask.items()}
         return masks.mask_2d(mask, step.keys)
     if isinstance(mask, dict):
-        return {kind: _prepared(one, _layer_of(kind, step.cache), step, additive) for kind, one in mask.items()}
+        return {
+            kind: _own_tokens(one, step.plan)
+            if kind in RECURRENT
+            else _prepared(one, _layer_of(kind, step.cache), step, additive)
+            for kind, one in mask.items()
+        }
     if mask is not None and mask.ndim != 2:
         return _prepared(mask, _layer_of("full_attention", step.cache), step, additive)
     if needs_windows(config, step.past_logical + step.plan.length):
@@ -78,6 +89,28 @@ def attention_masks(kwargs: dict[str, Any], positions: Tensor, step: Step, confi
         return masks.mask_2d(mask, step.keys)
     # With a cache no mask means causal attention; without one a mask keeps gaps from being read as packing.
     return None if step.keys.full and step.cache is not None else masks.mask_2d(None, step.keys)
+
+
+def _check_recurrent(segments: Tensor | None, step: Step) -> None:
+    """Refuse what would leak into the state that recurrent layers carry on."""
+    if segments is not None:
+        raise GripError(
+            "cannot prune a packed batch with recurrent layers (convolution, linear attention), whose state would run "
+            "on from one sequence into the next; use a padded batch"
+        )
+    if step.past and not step.plan.full:
+        raise GripError(
+            "cannot keep different numbers of tokens per row in a later call on a cache with recurrent layers "
+            "(convolution, linear attention): fillers would change their state; give one row at a time, or use "
+            "`with model.grip.disabled()`"
+        )
+
+
+def _own_tokens(mask: Tensor | None, plan: Plan) -> Tensor | None:
+    """[B, K] mask of a recurrent layer, from that of the unpruned call, [B, L]."""
+    if mask is None:
+        return None if plan.full else plan.valid.long()
+    return take(mask, plan.index) * plan.valid.to(mask.dtype)
 
 
 def cuts_static_keys(config: Any, cache: Cache | None) -> bool:
@@ -140,7 +173,10 @@ def _layer_of(kind: str, cache: Cache | None) -> int:
         return 0
     if "sliding" in kind or "chunked" in kind:
         return cache.is_sliding.index(True) if True in cache.is_sliding else 0
-    return find_first_full_attention_index(cache)
+    names = ("is_sliding", "is_linear", "is_dummy")  # the last two came with transformers 5.23
+    kinds = itertools.zip_longest(*(getattr(cache, name, ()) for name in names), fillvalue=False)
+    full = [not any(kind) for kind in kinds]
+    return full.index(True) if True in full else 0
 
 
 def _prepared(mask: Tensor | None, layer: int, step: Step, additive: torch.dtype | None) -> Tensor | None:
