@@ -90,8 +90,17 @@ class SampleStore:
         ids, mask = answer_ids(samples)
         full = self.vlm.full_log_probs(samples)
         pruned = torch.zeros_like(full)
-        for start in range(0, len(samples), self.rows_at_once):
-            part = slice(start, start + self.rows_at_once)
-            logits = self.vlm.run(samples[part], keep[part]).logits
-            pruned[part, pruned.shape[1] - logits.shape[1] :] = logits.float().log_softmax(-1)
+        for rows in similar_lengths([int(kept.sum()) for kept in keep], self.rows_at_once):
+            logits = self.vlm.run([samples[row] for row in rows], [keep[row] for row in rows]).logits
+            pruned[rows, pruned.shape[1] - logits.shape[1] :] = logits.float().log_softmax(-1)
         return compare(full, pruned, ids, mask)
+
+
+def similar_lengths(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Split rows into batches of at most `most` whose lengths differ less than twofold: padding costs time."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not batches or len(batches[-1]) == most or lengths[row] >= 2 * lengths[batches[-1][0]]:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
