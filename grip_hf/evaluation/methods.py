@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import taps
 from ..config import count_kept
 from ..errors import ConfigError
 from ..patch import apply_grip, remove_grip
@@ -148,5 +149,7 @@ class Downsampling:
                 count_kept(sample.num_visual, ratio) // len(pixels)
                 for sample, pixels in zip(prompts.samples, prompts.pixels, strict=True)
             ]
-            found.append(prompts.right(downsample(model, inputs, max(1, min(counts)))))
+            small = downsample(model, inputs, max(1, min(counts)))
+            taps.clear()  # what selectors' taps saw of the small pictures
+            found.append(prompts.right(small))
         return found
