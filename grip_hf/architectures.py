@@ -20,6 +20,7 @@ from .scenes import (
     marked_tiles,
     newline_rows,
     rotary_grid,
+    started_rows,
     started_tiles,
     tiles_in_run,
 )
@@ -47,6 +48,11 @@ def pooled(name: str) -> Callable[[Any], int]:
 def setting(name: str) -> Callable[[Any], int]:
     """The number that the config gives as `name`."""
     return lambda config: getattr(config, name)
+
+
+def shuffled(config: Any) -> int:
+    """Patches of one tile after a pixel shuffle."""
+    return int(square(config) * config.downsample_ratio**2)
 
 
 def reference_features(config: Any) -> int:
@@ -81,28 +87,40 @@ FAMILIES: dict[str, Family] = {
     "aya_vision": Family(marked_tiles, pooled("downsample_factor")),
     "cohere2_vision": Family(joined_tiles, pooled("downsample_factor")),
     "deepseek_vl": Family(fixed_grid, square),
+    "exaone4_5": Family(line, token_ids=BOTH),
     "fast_vlm": Family(fixed_grid, setting("image_seq_length")),
     "gemma3": Family(tiles_in_run, setting("mm_tokens_per_image")),
     "gemma3n": Family(tiles_in_run, setting("vision_soft_tokens_per_image")),
     "gemma4": Family(line, token_ids=BOTH),
+    "glm46v": Family(rotary_grid, token_ids=BOTH, mrope=True),
     "glm4v": Family(rotary_grid, token_ids=BOTH, mrope=True),
+    "glm4v_moe": Family(rotary_grid, token_ids=BOTH, mrope=True),
+    "glm_ocr": Family(rotary_grid, token_ids=BOTH, mrope=True),
+    "got_ocr2": Family(tiles_in_run, lambda config: square(config) // 16),
     "idefics2": Family(latents, language_model="text_model"),
     "idefics3": Family(marked_tiles, pooled("scale_factor"), language_model="text_model"),
-    "internvl": Family(tiles_in_run, lambda config: int(square(config) * config.downsample_ratio**2)),
+    "internvl": Family(tiles_in_run, shuffled),
     "janus": Family(fixed_grid, square),
+    "lfm2_vl": Family(line),
+    "lighton_ocr": Family(line),
     "llava": Family(fixed_grid, square_and_cls),
     "llava_next": Family(newline_rows, square),
     "llava_next_video": Family(newline_rows, square, token_ids=BOTH),
     "llava_onevision": Family(newline_rows, square, token_ids=BOTH),
     "mistral3": Family(joined_rows),
+    "molmo2": Family(started_rows),
     "ovis2": Family(started_tiles, lambda config: square(config) // config.vision_config.hidden_stride**2),
     "paligemma": Family(fixed_grid, square),
     "perception_lm": Family(tiles_in_run, reference_features, token_ids=BOTH),
+    "qianfan_ocr": Family(tiles_in_run, shuffled),
     "qwen2_5_vl": Family(rotary_grid, token_ids=BOTH, mrope=True),
     "qwen2_vl": Family(rotary_grid, token_ids=BOTH, mrope=True),
+    "qwen3_5": Family(rotary_grid, token_ids=BOTH, mrope=True),
+    "qwen3_5_moe": Family(rotary_grid, token_ids=BOTH, mrope=True),
     "qwen3_vl": Family(rotary_grid, token_ids=BOTH, mrope=True),
     "qwen3_vl_moe": Family(rotary_grid, token_ids=BOTH, mrope=True),
     "smolvlm": Family(marked_tiles, pooled("scale_factor"), language_model="text_model"),
+    "video_llama_3": Family(line, token_ids=BOTH),
     "video_llava": Family(frames, square_and_cls, token_ids=BOTH),
     "vipllava": Family(fixed_grid, square),
 }

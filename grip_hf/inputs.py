@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from . import masks
-from .attention import Step, attention_masks, cuts_static_keys, flash_arguments, needs_windows
+from .attention import RECURRENT, Step, attention_masks, cuts_static_keys, flash_arguments, needs_windows
 from .cache import CacheState, physical_length
 from .errors import GripError
 from .pruning import Plan, compact_positions, take, take_last
@@ -107,7 +107,7 @@ def decodes_simply(mask: Any, config: Any, cache: Cache, state: CacheState) -> b
     """Whether `decode_inputs` can do a one-token step on a pruned cache."""
     if mask is None and cuts_static_keys(config, cache):
         return False
-    prepared = list(mask.values()) if isinstance(mask, dict) else [mask]
+    prepared = [one for kind, one in mask.items() if kind not in RECURRENT] if isinstance(mask, dict) else [mask]
     if isinstance(mask, dict) or (mask is not None and mask.ndim == 4):
         return state.columns is not None and all(one is not None and one.ndim == 4 for one in prepared)
     if mask is not None and mask.ndim != 2:
@@ -131,7 +131,9 @@ def decode_inputs(kwargs: dict[str, Any], cache: Cache, state: CacheState) -> di
         if not state.full:
             new["attention_mask"] = masks.mask_2d(None, state.keys(physical_length(cache) + 1))
     elif state.columns is not None and isinstance(mask, dict):
-        new["attention_mask"] = {kind: masks.pick_columns(one, state.columns) for kind, one in mask.items()}
+        new["attention_mask"] = {
+            kind: one if kind in RECURRENT else masks.pick_columns(one, state.columns) for kind, one in mask.items()
+        }
     elif state.columns is not None and mask.ndim == 4:
         new["attention_mask"] = masks.pick_columns(mask, state.columns)
     else:

@@ -117,6 +117,18 @@ def joined_rows(scene: Scene) -> tuple[Tensor, Tensor]:
     return image, layout.scaled_positions(place, image, scene.visual)
 
 
+def started_rows(scene: Scene) -> tuple[Tensor, Tensor]:
+    """Views of rows as in `joined_rows`; a whole view, with a start token of its own, begins each picture (Molmo2).
+
+    Without token ids each view counts as a picture.
+    """
+    view, positions = joined_rows(scene)
+    if scene.input_ids is None:
+        return view, positions
+    start = scene.config.low_res_image_start_token_id
+    return (scene.input_ids.to(scene.visual.device) == start).long().cumsum(1) - 1, positions
+
+
 def line(scene: Scene) -> tuple[Tensor, Tensor]:
     """One unbroken run per picture, of a width that cannot be told from the call: tokens count as one column."""
     run, within = layout.run_index(scene.visual), layout.within_run(scene.visual)

@@ -2,26 +2,32 @@
 
 import pytest
 import torch
-from tiny import VIDEO_ID, build, select_by_content
+from reference import assert_close, reference_logits
+from tiny import IMAGE_ID, VIDEO_ID, build, select_by_content
 
 from grip_hf import apply_grip, remove_grip
 
 FRAMES = 2
-GRID = (FRAMES, 4, 4)  # of Qwen's patches; 2 x 2 are merged
+GRID = torch.tensor([(FRAMES, 4, 4)])  # of patches; 2 x 2 are merged
 
 
 def random(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def run(count):
-    return [VIDEO_ID] * count
+def run(count, token=VIDEO_ID):
+    return [token] * count
 
 
-def qwen(ids):
+def frames_apart(token=VIDEO_ID, start=(92,), end=(93,)):
+    """Two frames with a time between them."""
+    frame = [*start, *run(4, token), *end]
+    return [*frame, 20, *frame]
+
+
+def grid(ids, width=96, **more):
     def make():
-        arguments = {"pixel_values_videos": random(FRAMES * 16, 96), "video_grid_thw": torch.tensor([GRID])}
-        return arguments, ids
+        return {"pixel_values_videos": random(FRAMES * 16, width), "video_grid_thw": GRID, **more}, ids
 
     return make
 
@@ -30,28 +36,77 @@ def frames(tokens):
     return lambda: ({"pixel_values_videos": random(1, FRAMES, 3, 16, 16)}, run(tokens))
 
 
+def gemma4():
+    places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).reshape(1, 16, 2)
+    arguments = {
+        "pixel_values_videos": random(FRAMES, 16, 48),
+        "video_position_ids": places.expand(FRAMES, -1, -1),
+        "num_frames_per_video": torch.tensor([FRAMES]),
+    }
+    return arguments, frames_apart()
+
+
+def molmo2():
+    arguments = {
+        "pixel_values_videos": random(FRAMES, 16, 48),
+        "video_token_pooling": torch.arange(16 * FRAMES).reshape(-1, 4),
+        "video_grids": torch.tensor([[FRAMES, 2, 2]]),
+    }
+    return arguments, frames_apart(IMAGE_ID, (96,), (97,))
+
+
+GLM = grid([94, *frames_apart(IMAGE_ID), 95])
 # Arguments of a video and the tokens that stand for it.
 VIDEOS = {
-    "qwen2_vl": qwen([92, *run(8), 93]),
-    "qwen2_5_vl": qwen([92, *run(8), 93]),
-    "qwen3_vl": qwen([92, *run(4), 93, 20, 92, *run(4), 93]),  # frames apart, with times between them
-    "llava_onevision": frames(FRAMES * 4 + 1),  # 2 x 2 pooled, and a newline at the end
+    "exaone4_5": grid([92, *run(8), 93]),
+    "gemma4": gemma4,
+    "glm46v": GLM,
+    "glm4v": GLM,
+    "glm4v_moe": GLM,
+    "glm_ocr": GLM,
     "llava_next_video": frames(FRAMES * 4),
+    "llava_onevision": frames(FRAMES * 4 + 1),  # 2 x 2 pooled, and a newline at the end
+    "molmo2": molmo2,
+    "perception_lm": lambda: ({"pixel_values_videos": random(FRAMES, 1, 3, 16, 16)}, run(FRAMES * 4)),
+    "qwen2_5_vl": grid([92, *run(8), 93]),
+    "qwen2_vl": grid([92, *run(8), 93]),
+    "qwen3_5": grid(frames_apart()),
+    "qwen3_5_moe": grid(frames_apart()),
+    "qwen3_vl": grid(frames_apart()),
+    "qwen3_vl_moe": grid(frames_apart()),
+    "video_llama_3": grid(run(8), 48, video_merge_sizes=torch.tensor([2])),
     "video_llava": frames(FRAMES * 17),  # each frame with its [CLS]
 }
+# What `mm_token_type_ids` calls a video; it may have the placeholders of pictures.
+KINDS = {"gemma4": 2, "molmo2": 1, **{name: 2 for name in VIDEOS if name.startswith(("qwen", "glm"))}}
+SLOW = {"glm46v", "glm4v_moe", "glm_ocr", "qwen3_5_moe", "qwen3_vl_moe", "exaone4_5", "molmo2", "video_llama_3"}
 
 
 def make_inputs(family):
     arguments, ids = VIDEOS[family]()
     ids = torch.tensor([[5, 6, *ids, 7, 8, 9]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **arguments}
-    if family.startswith("qwen"):
-        inputs["mm_token_type_ids"] = torch.where(ids == VIDEO_ID, 2, 0).int()
+    if family in KINDS:
+        inputs["mm_token_type_ids"] = torch.where(video_mask(inputs), KINDS[family], 0).int()
     return inputs
 
 
+def video_mask(inputs):
+    return (inputs["input_ids"] == VIDEO_ID) | (inputs["input_ids"] == IMAGE_ID)
+
+
+def original_positions(model, inputs):
+    """Position ids of the unpruned call."""
+    if "video_grid_thw" not in inputs or not hasattr(model.model, "get_rope_index"):
+        return torch.arange(inputs["input_ids"].shape[1])[None]
+    call = {name: inputs[name] for name in ("input_ids", "mm_token_type_ids", "video_grid_thw", "attention_mask")}
+    return model.model.get_rope_index(**call)[0]
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", sorted(VIDEOS))
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in sorted(VIDEOS)]
+)
 def test_half_of_a_video_equals_the_masked_model(family, attention):
     model, inputs = build(family, attention), make_inputs(family)
     seen = []
@@ -68,18 +123,13 @@ def test_half_of_a_video_equals_the_masked_model(family, attention):
         uncached = model.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=False)[:, -4:]
         kept = model.grip.kept_tokens(out)[0]
         remove_grip(model)
-        held = inputs["attention_mask"].clone()
-        places = (inputs["input_ids"][0] == VIDEO_ID).nonzero().flatten()
-        held[0, places] = 0
-        held[0, places[kept]] = 1
-        positions = torch.arange(held.shape[1])[None]
-        if family.startswith("qwen"):
-            grid = {"video_grid_thw": inputs["video_grid_thw"], "attention_mask": inputs["attention_mask"]}
-            positions = model.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], **grid)[0]
-        expected = model(**{**inputs, "attention_mask": held}, position_ids=positions).logits
-    stays = held.bool()
+        places = video_mask(inputs)[0].nonzero().flatten()
+        stays = inputs["attention_mask"].bool()
+        stays[0, places] = False
+        stays[0, places[kept]] = True
+        expected = reference_logits(model, inputs, stays, original_positions(model, inputs))
     assert len(kept) == int(len(places) * 0.5 + 0.5)
-    torch.testing.assert_close(out.logits[stays], expected[stays], atol=2e-5, rtol=1e-4)
+    assert_close(family, out.logits[stays], expected[stays])
     assert (out.logits - full)[stays].abs().max() > 1e-2
     assert torch.equal(tokens, uncached) and int(tokens[0, 0]) == int(expected[0, -1].argmax())
     positions = seen[0].positions[seen[0].mask]

@@ -8,17 +8,21 @@ A prompt is a list of parts: an int n stands for n random text tokens, `IMAGE` f
 
 import torch
 from tiny_core import CORE, HIDDEN, IMAGE, IMAGE_ID, PAD, TEXT, VIDEO_ID, VISION, VOCAB
+from tiny_late import LATE
 from tiny_more import MORE
 from transformers import AutoModelForImageTextToText
 
-__all__ = ["CORE", "HIDDEN", "IMAGE", "IMAGE_ID", "PAD", "TEXT", "TINY", "VIDEO_ID", "VISION", "VOCAB"]
-__all__ += ["build", "make_inputs", "select_by_content"]
+__all__ = ["CORE", "EAGER_ONLY", "HIDDEN", "IMAGE", "IMAGE_ID", "LATE", "PAD", "TEXT", "TINY", "VARIANTS"]
+__all__ += ["VIDEO_ID", "VISION", "VOCAB", "build", "join_pictures", "make_inputs", "select_by_content"]
 
-TINY = {**CORE, **MORE}
+TINY = {**CORE, **MORE, **LATE}
+EAGER_ONLY = {"got_ocr2", "paligemma2"}  # transformers has no other attention for them
+VARIANTS = {"paligemma2": "paligemma"}  # of the same family with another text decoder
 
 
 def build(family, attention="sdpa", seed=0, dtype=torch.float32):
     """Build a tiny model in eval mode; the same weights for the same seed."""
+    attention = "eager" if family in EAGER_ONLY else attention
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(TINY[family].config(), attn_implementation=attention, dtype=dtype)
     with torch.no_grad():
@@ -49,15 +53,15 @@ def make_inputs(family, prompts, seed=0, pad_to=None):
     length = max(max(map(len, rows)), pad_to or 0)
     ids = torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    inputs = {"input_ids": ids, "attention_mask": mask, **_join(family, pictures)}
+    inputs = {"input_ids": ids, "attention_mask": mask, **join_pictures(family, pictures)}
     if TINY[family].types is not None:
         text, picture, _ = TINY[family].type_ids
         inputs[TINY[family].types] = torch.where(ids == IMAGE_ID, picture, text).int()
     return inputs
 
 
-def _join(family, pictures):
-    """Picture arguments of several prompts as one batch."""
+def join_pictures(family, pictures):
+    """Picture arguments of several prompts as one batch, or of several turns that are not `stacked` as one prompt."""
     if not pictures:
         return {}
     if TINY[family].stacked:  # empty pictures are zeros
@@ -67,7 +71,12 @@ def _join(family, pictures):
             for p in pictures
         ]
         return {"pixel_values": torch.cat(pad)}
-    return {name: torch.cat([one[name] for one in pictures]) for name in pictures[0]}
+    joined = {name: torch.cat([one[name] for one in pictures]) for name in pictures[0]}
+    if TINY[family].crops:  # numbers of patches go on from prompt to prompt
+        ends = torch.tensor([len(one["image_grids"]) * TINY[family].crops for one in pictures]).cumsum(0).tolist()
+        parts = [one["image_token_pooling"] + start for one, start in zip(pictures, [0, *ends], strict=False)]
+        joined["image_token_pooling"] = torch.cat(parts)
+    return joined
 
 
 def select_by_content(batch):

@@ -44,7 +44,8 @@ class Tiny:
     `config` gives a transformers config. `pictures(count, seed)` gives the picture arguments of `count` pictures and,
     per picture, the ids of its placeholder tokens with everything that belongs around them. `stacked` families take
     pictures as [batch, pictures, ...], the others one after the other. `types` names the argument with token types,
-    which are `type_ids` = (text before, picture, text after).
+    which are `type_ids` = (text before, picture, text after). `crops` is the number of patches of a picture where the
+    arguments count patches over the whole batch.
     """
 
     config: Callable
@@ -52,6 +53,7 @@ class Tiny:
     stacked: bool = False
     types: str | None = None
     type_ids: tuple[int, int, int] = (0, 1, 0)
+    crops: int = 0
 
 
 def text(**extra):
