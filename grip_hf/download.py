@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -86,6 +86,7 @@ def fetch(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> Path | None:
     """Download the GRIP part of a repository, or find it in the cache when the Hub is not reached.
 
@@ -98,6 +99,7 @@ def fetch(
         token: as huggingface_hub takes it.
         cache_dir: another cache than the usual one.
         local_files_only: do not ask the Hub.
+        check: given the folder with the settings, raises if the weights are not wanted; they are downloaded after it.
 
     Returns:
         The folder that holds the part, or None if the repository has none.
@@ -127,21 +129,28 @@ def fetch(
         settings = [pattern for pattern in _patterns(subfolder) if pattern.endswith(".json")]
         folder = Path(snapshot_download(repo_id, allow_patterns=settings, **place))
         check_kind(folder / subfolder, repo_id)
+        if check is not None:
+            check(folder / subfolder)
         folder = Path(snapshot_download(repo_id, allow_patterns=_patterns(subfolder), **place))
     return folder / subfolder
 
 
 def check_kind(folder: Path, name: str) -> None:
     """Raise `ScorerError` if `folder` has a `config.json` of anything but a scorer."""
+    found = read_settings(folder, name)
+    if found and found.get("model_type") != SCORER_TYPE:
+        raise ScorerError(f"{name!r} holds a model of type {found.get('model_type')!r}, not a grip scorer")
+
+
+def read_settings(folder: Path, name: str) -> dict[str, Any]:
+    """What `config.json` in `folder` says; nothing if there is none. Raises `ScorerError` if it is damaged."""
     path = folder / "config.json"
     if not path.is_file():
-        return
+        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise ScorerError(f"config.json of {name!r} is damaged: {error}") from error
-    if found != SCORER_TYPE:
-        raise ScorerError(f"{name!r} holds a model of type {found!r}, not a grip scorer")
 
 
 def _listing(repo_id: str, revision: str | None, token: str | bool | None) -> list[str] | None:

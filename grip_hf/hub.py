@@ -11,8 +11,9 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from .card import Facts, make_card
-from .download import check_kind, foreign_files, hub_errors
-from .errors import ConfigError, HubError
+from .download import check_kind, foreign_files, hub_errors, read_settings
+from .errors import ConfigError, HubError, ScorerError
+from .resolve import describe_base
 
 CARD = "README.md"
 OWN_FILES = ["grip_config.json", "config.json", "model*.safetensors", "model.safetensors.index.json"]
@@ -28,8 +29,10 @@ def save(handle: Any, directory: str | os.PathLike[str], **card: Any) -> None:
 
     Raises:
         ConfigError: The selector is a callable, which cannot be saved, or a fact of the card is not allowed.
+        ScorerError: The folder holds a model, whose weights would be overwritten, or the scorer of another model.
     """
     facts = _facts(handle, card)
+    _check_target(handle, Path(directory), os.fspath(directory))
     path = Path(directory) / CARD
     old = path.read_text(encoding="utf-8") if path.is_file() else None
     handle.save_part(directory)
@@ -64,13 +67,14 @@ def push(
 
     Raises:
         ConfigError: The selector is a callable, which cannot be saved, or a fact of the card is not allowed.
+        ScorerError: The repository holds a model, or the scorer of another model.
         HubError: The repository holds something else than a scorer, or was changed at the same time, or the Hub did
             not take the upload. Nothing that was there is lost.
     """
     facts = _facts(handle, card)
     api = HfApi(token=token)
     with hub_errors(f"upload to {repo_id!r}"), tempfile.TemporaryDirectory() as folder:
-        parent, old = _what_is_there(api, repo_id, revision, Path(folder) / "old")
+        parent, old = _what_is_there(handle, api, repo_id, revision, Path(folder) / "old")
         fresh = Path(folder) / "new"
         handle.save_part(fresh)
         make_card(handle, facts, repo_id, old).save(fresh / CARD)
@@ -102,11 +106,26 @@ def _facts(handle: Any, card: dict[str, Any]) -> Facts:
     return Facts(**card)
 
 
-def _what_is_there(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> tuple[str | None, str | None]:
+def _check_target(handle: Any, folder: Path, name: str) -> None:
+    """Raise `ScorerError` if what `folder` holds is not to be overwritten: a model, or the scorer of another model."""
+    check_kind(folder, name)
+    made_for = read_settings(folder, name).get("base_model") or {}
+    mine = describe_base(handle.owner)
+    for key in ("model_type", "text_model_type"):
+        if made_for.get(key, mine[key]) != mine[key]:
+            raise ScorerError(
+                f"{name!r} holds the scorer of another model ({key} {made_for[key]!r}, this one has {mine[key]!r}); "
+                "give it a place of its own"
+            )
+
+
+def _what_is_there(
+    handle: Any, api: HfApi, repo_id: str, revision: str | None, folder: Path
+) -> tuple[str | None, str | None]:
     """The commit that a branch of a repository is at and the text of its card; None where there is none.
 
     Raises:
-        HubError: The repository holds something else than a scorer.
+        ScorerError, HubError: The repository holds something that is not to be overwritten.
     """
     try:
         info = api.model_info(repo_id, revision=revision)
@@ -119,7 +138,7 @@ def _what_is_there(api: HfApi, repo_id: str, revision: str | None, folder: Path)
     place: dict[str, Any] = {"revision": info.sha, "local_dir": folder, "token": api.token}
     if "config.json" in names:
         hf_hub_download(repo_id, "config.json", **place)
-        check_kind(folder, repo_id)
+        _check_target(handle, folder, repo_id)
     if CARD not in names:
         return info.sha, None
     return info.sha, Path(hf_hub_download(repo_id, CARD, **place)).read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from torch import nn
 from .architectures import Parts
 from .attached import CONFIG_FILE, SUBFOLDER, attached_folder, came_from
 from .config import GripConfig
-from .download import fetch, is_repo_id
+from .download import fetch, is_repo_id, read_settings
 from .errors import ConfigError, HubError, ScorerError
 
 Resolved = tuple[GripConfig, nn.Module | None]
@@ -54,7 +54,7 @@ def resolve(parts: Parts, source: Any, selector: Any, overrides: dict[str, Any],
     elif isinstance(source, nn.Module):
         scorer = source
     elif isinstance(source, (str, os.PathLike)):
-        config, scorer = _load(_folder(source, hub))
+        config, scorer = _load(_folder(parts, source, hub))
     elif source is not None:
         raise ConfigError(
             f"expected a GripConfig, a GripScorer, or the directory or Hub id of one, got {type(source).__name__}"
@@ -79,8 +79,8 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _folder(source: str | os.PathLike[str], hub: dict[str, Any]) -> str:
-    """The folder of a saved scorer: here, or downloaded."""
+def _folder(parts: Parts, source: str | os.PathLike[str], hub: dict[str, Any]) -> str:
+    """The folder of a saved scorer: here, or downloaded if its settings fit the model."""
     path = os.fspath(source)
     if os.path.isdir(path):
         part = os.path.join(path, SUBFOLDER)
@@ -88,7 +88,7 @@ def _folder(source: str | os.PathLike[str], hub: dict[str, Any]) -> str:
         return path if top else part
     if not isinstance(source, str) or not is_repo_id(path):
         raise ScorerError(f"no folder {path!r} to load a grip scorer from, and it is no id of a Hub repository")
-    found = fetch(path, **hub)
+    found = fetch(path, check=lambda folder: _check_settings(parts, read_settings(folder, path)), **hub)
     if found is None:
         raise HubError(f"the repository {path!r} holds no GRIP scorer: it has neither {CONFIG_FILE} nor config.json")
     return str(found)
@@ -107,17 +107,23 @@ def _load(folder: str) -> tuple[GripConfig | None, nn.Module | None]:
 
 def _check_scorer(parts: Parts, scorer: nn.Module | None) -> None:
     """Refuse a scorer made for embeddings of another width, or for another kind of model."""
-    if scorer is None:
+    if scorer is not None:
+        config = getattr(scorer, "config", None)
+        _check_settings(parts, {name: getattr(config, name, None) for name in ("hidden_size", "base_model")})
+
+
+def _check_settings(parts: Parts, settings: Mapping[str, Any]) -> None:
+    """The same from what `config.json` of a scorer says, before its weights are downloaded; {} is no scorer."""
+    if not settings:
         return
-    config = getattr(scorer, "config", None)
-    made_for = getattr(config, "hidden_size", None)
+    made_for = settings.get("hidden_size")
     width = parts.language_model.config.hidden_size  # type: ignore[union-attr]
     owner = type(parts.owner).__name__
     if made_for != width:
         raise ScorerError(
             f"this scorer is made for hidden_size {made_for}, but the language model of {owner} has {width}"
         )
-    base = getattr(config, "base_model", None) or {}
+    base = settings.get("base_model") or {}
     mine = describe_base(parts.owner)
     wrong = [name for name in ("model_type", "text_model_type") if base.get(name, mine[name]) != mine[name]]
     if wrong:

@@ -1,7 +1,9 @@
 """A small Hub on 127.0.0.1: repositories with commits, branches, LFS uploads and tokens, for the client of the Hub.
 
-with LoopbackHub() as hub:      # hub.url, hub.repos["user/name"], hub.requests; set hub.faults to make it fail
-    ...
+with LoopbackHub() as hub:      # hub.url, hub.repos["user/name"], hub.requests
+    hub.faults["PUT /lfs"] = 400            # requests that fail, and how
+    hub.cut.add("model.safetensors")        # downloads that break off half-way
+    hub.moved["user/old"] = "user/new"      # renamed repositories
 """
 
 import base64
@@ -19,7 +21,7 @@ class Repo:
     """Commits are dicts of files by their hash; branches name commits."""
 
     def __init__(self, private=False):
-        self.private = private
+        self.private, self.gated = private, False
         self.commits, self.branches = {}, {}
         self.branches["main"] = self.add({})
 
@@ -44,6 +46,7 @@ class Repo:
 class LoopbackHub:
     def __init__(self):
         self.repos, self.blobs, self.requests, self.faults = {}, {}, [], {}
+        self.cut, self.moved = set(), {}
 
     def __enter__(self):
         hub = self
@@ -72,8 +75,9 @@ class _Handler(BaseHTTPRequestHandler):
     def reply(self, status, body=b"", **headers):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -99,6 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, status in self.hub.faults.items():
             if re.search(pattern, f"{self.command} {path}"):
                 return self.fail(status, message="out of order")
+        for old, new in self.hub.moved.items():
+            if re.search(rf"/{old}(/|$)", path):
+                return self.reply(307, Location=self.path.replace(old, new, 1))
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if token not in ("", WRITER, READER):
             return self.fail(401, message="Invalid credentials in Authorization header")
@@ -117,6 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get(name)
         if repo is None or (repo.private and "Authorization" not in self.headers):
             return self.fail(404, "RepoNotFound")
+        if repo.gated and self.command != "POST":
+            return self.fail(403, "GatedRepo", f"Access to model {name} is restricted")
         commit = repo.find(revision or "main")
         return (repo, commit) if commit else self.fail(404, "RevisionNotFound", f"Invalid rev id: {revision}")
 
@@ -192,7 +201,11 @@ class _Handler(BaseHTTPRequestHandler):
             data = repo.files(commit).get(path)
             if data is None:
                 return self.fail(404, "EntryNotFound")
-            self.reply(200, data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit=commit)
+            facts = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": commit}
+            if self.command == "GET" and path in self.hub.cut:
+                self.close_connection = True
+                facts["Content_Length"], data = str(len(data)), data[: len(data) // 2]
+            self.reply(200, data, **facts)
         return None
 
     def validate(self, body):

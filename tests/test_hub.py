@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -216,6 +217,50 @@ def test_a_failed_upload_changes_nothing(hub, model, fault):
     assert apply_grip(model, REPO).grip.config.num_tokens == 4
 
 
+def test_a_download_that_breaks_off_patches_nothing(hub, model, inputs):
+    apply_grip(model, tiny_scorer(), num_tokens=3)
+    pruned = logits_of(model, inputs)
+    model.grip.push_to_hub(REPO)
+    fresh = build("llava")
+    hub.cut.add("model.safetensors")
+    with pytest.raises(HubError, match=f"download '{REPO}'"):
+        apply_grip(fresh, REPO)
+    assert "grip" not in vars(fresh)
+    hub.cut.clear()
+    assert torch.equal(logits_of(apply_grip(fresh, REPO), inputs), pruned)
+
+
+def test_a_repository_that_was_renamed(hub, model):
+    apply_grip(model, tiny_scorer(), num_tokens=3)
+    model.grip.push_to_hub("user/new")
+    hub.moved["user/old"] = "user/new"
+    assert apply_grip(build("llava"), "user/old").grip.config == GripConfig(num_tokens=3)
+
+
+def test_a_gated_repository(hub, model):
+    apply_grip(model, tiny_scorer(), num_tokens=3)
+    model.grip.push_to_hub(REPO)
+    hub.repos[REPO].gated = True
+    with pytest.raises(HubError, match="must be asked for on its page"):
+        apply_grip(build("llava"), REPO)
+
+
+def test_nobody_at_the_endpoint(hub, model, inputs, monkeypatch):
+    apply_grip(model, tiny_scorer(), num_tokens=3)
+    pruned = logits_of(model, inputs)
+    model.grip.push_to_hub(REPO)
+    apply_grip(model, REPO)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    assert torch.equal(logits_of(apply_grip(model, REPO), inputs), pruned)  # from the cache
+    with pytest.raises(HubError, match=r"'user/other'.*not in the cache"):
+        apply_grip(model, "user/other")
+    with pytest.raises(HubError, match=f"upload to '{REPO}'"):
+        model.grip.push_to_hub(REPO)
+
+
 def test_a_card_edited_during_an_upload_is_not_lost(hub, model, monkeypatch):
     apply_grip(model, tiny_scorer(), num_tokens=3)
     model.grip.push_to_hub(REPO)
@@ -276,6 +321,51 @@ def test_scorers_of_other_families_are_refused(model, tmp_path):
     assert "grip" not in vars(other)
 
 
+def test_scorers_of_other_models_are_refused_before_their_weights_are_downloaded(hub, model, tmp_path):
+    other = build("qwen2_vl")
+    apply_grip(other, tiny_scorer(other.config.text_config.hidden_size), num_tokens=3).grip.push_to_hub("user/qwen")
+    tiny_scorer(2 * HIDDEN).save_pretrained(tmp_path)
+    hub.repos["user/wide"] = Repo()
+    hub.repos["user/wide"].put({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    hub.requests.clear()
+    for repo, said in (("user/qwen", "model_type 'qwen2_vl'"), ("user/wide", f"hidden_size {2 * HIDDEN}")):
+        with pytest.raises(ScorerError, match=said):
+            apply_grip(model, repo)
+    assert downloads(hub) and "model.safetensors" not in downloads(hub) and "grip" not in vars(model)
+
+
+def test_the_scorer_of_another_model_is_not_overwritten(hub, model, tmp_path):
+    other = build("qwen2_vl")
+    apply_grip(other, tiny_scorer(other.config.text_config.hidden_size), num_tokens=3)
+    other.grip.push_to_hub(REPO)
+    other.grip.save_pretrained(tmp_path / "there")
+    commit, weights = hub.repos[REPO].branches["main"], (tmp_path / "there" / "model.safetensors").read_bytes()
+    apply_grip(model, tiny_scorer(), num_tokens=3)
+    with pytest.raises(ScorerError, match=r"another model \(model_type 'qwen2_vl'"):
+        model.grip.push_to_hub(REPO)
+    with pytest.raises(ScorerError, match=r"another model \(model_type 'qwen2_vl'"):
+        model.grip.save_pretrained(tmp_path / "there")
+    assert hub.repos[REPO].branches["main"] == commit
+    assert (tmp_path / "there" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_folder_with_a_model_is_not_overwritten(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    apply_grip(model, tiny_scorer(), num_tokens=3)
+    with pytest.raises(ScorerError, match="'llava', not a grip scorer"):
+        model.grip.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_damaged_config_is_named(hub, model):
+    hub.repos[REPO] = Repo()
+    hub.repos[REPO].put({"config.json": b"[1", "model.safetensors": b"weights"})
+    with pytest.raises(ScorerError, match=f"config.json of '{REPO}' is damaged"):
+        apply_grip(model, REPO)
+    assert "model.safetensors" not in downloads(hub)
+
+
 # Pruned checkpoints
 
 
@@ -304,6 +394,19 @@ def test_a_pruned_checkpoint_through_the_hub(hub, model, inputs):
     hub.repos["user/pruned"].put({"grip/extra.bin": b"code"})
     with pytest.raises(HubError, match=r"extra\.bin"):
         apply_grip(again)
+
+
+def test_a_pruned_checkpoint_is_a_plain_one_to_those_without_this_library(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path / "plain")
+    full = logits_of(model, inputs)
+    apply_grip(model, tiny_scorer(), num_tokens=3)
+    model.save_pretrained(tmp_path / "pruned")
+    names = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert sorted(path.name for path in (tmp_path / "pruned").iterdir()) == sorted([*names, "grip"])
+    for name in names:
+        assert (tmp_path / "pruned" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    again, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "pruned", output_loading_info=True)
+    assert not any(report.values()) and torch.equal(logits_of(again, inputs), full)
 
 
 def test_a_checkpoint_without_grip_part(hub, model):
