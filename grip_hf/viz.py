@@ -1,11 +1,13 @@
-"""Pictures of what was kept: the dropped visual tokens of an image dimmed, the kept ones framed."""
+"""Pictures of what was kept (the dropped visual tokens dimmed, the kept ones framed) and of the scores behind it."""
 
+import math
 from collections.abc import Iterable, Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 FRAME = (255, 60, 60)
 INK, PAPER = (30, 30, 30), (255, 255, 255)
+COLD, WARM, HOT = (13, 8, 80), (204, 71, 120), (252, 253, 160)  # of the heat map, from the lowest score to the highest
 
 
 def draw_kept(
@@ -32,12 +34,7 @@ def draw_kept(
         raise ValueError(f"kept={chosen!r} must lie in [0, {rows * columns}) for a grid of {rows} x {columns} tokens")
     if not 0 <= dim <= 1:
         raise ValueError(f"dim={dim!r} must lie in [0, 1]")
-    picture = image.convert("RGB")
-    if size is not None:
-        scale = size / max(picture.size)
-        picture = picture.resize(
-            (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS
-        )
+    picture = _resized(image, size)
     result = Image.blend(picture, Image.new("RGB", picture.size), dim)
     draw = ImageDraw.Draw(result)
     for index in chosen:
@@ -47,6 +44,57 @@ def draw_kept(
         result.paste(picture.crop((left, top, right, bottom)), (left, top))
         draw.rectangle((left, top, right - 1, bottom - 1), outline=FRAME)
     return result
+
+
+def draw_scores(
+    image: Image.Image,
+    scores: Iterable[float],
+    grid: tuple[int, int],
+    size: int | None = None,
+    strength: float = 0.7,
+) -> Image.Image:
+    """Lay the scores of the visual tokens over the picture that they come from, as a heat map.
+
+    The lowest finite score is dark blue and the highest bright yellow; where all are equal, all are in the middle.
+
+    Args:
+        image: The picture, any size; only its whole area must be what the tokens cover.
+        scores: One per visual token, row-major, of any scale; -inf and inf are shown as the lowest and the highest.
+        grid: Rows and columns of visual tokens.
+        size: Longer side of the result in pixels; None keeps the picture's own.
+        strength: How much of the heat map covers the (grey) picture, from 0 to 1.
+
+    Returns:
+        A new RGB picture.
+
+    Raises:
+        ValueError: The scores are not as many as the grid has tokens, one is NaN, or `strength` lies outside [0, 1].
+    """
+    rows, columns = grid
+    values = [float(score) for score in scores]
+    if len(values) != rows * columns or any(map(math.isnan, values)):
+        wrong = "one is NaN" if len(values) == rows * columns else f"got {len(values)}"
+        raise ValueError(f"scores must be {rows * columns} numbers, for a grid of {rows} x {columns} tokens; {wrong}")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength={strength!r} must lie in [0, 1]")
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
+    clipped = [min(max(value, low), high) for value in values]
+    heat = Image.new("L", (columns, rows))
+    heat.putdata([round(255 * (value - low) / (high - low)) if high > low else 128 for value in clipped])
+    picture = _resized(image, size)
+    colours = ImageOps.colorize(heat.resize(picture.size, Image.Resampling.NEAREST), COLD, HOT, WARM)
+    return Image.blend(ImageOps.grayscale(picture).convert("RGB"), colours, strength)
+
+
+def _resized(image: Image.Image, size: int | None) -> Image.Image:
+    """The picture in RGB, its longer side `size` pixels long (None: as it is)."""
+    picture = image.convert("RGB")
+    if size is None:
+        return picture
+    scale = size / max(picture.size)
+    sides = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(sides, Image.Resampling.LANCZOS)
 
 
 def contact_sheet(rows: Sequence[Sequence[tuple[Image.Image, str]]], margin: int = 12) -> Image.Image:

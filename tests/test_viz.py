@@ -1,10 +1,12 @@
 """Pictures of kept tokens, checked pixel by pixel."""
 
+import math
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from grip_hf.viz import FRAME, contact_sheet, draw_kept
+from grip_hf.viz import COLD, FRAME, HOT, contact_sheet, draw_kept, draw_scores
 
 
 def test_kept_tokens_keep_their_pixels_and_dropped_ones_are_dimmed():
@@ -33,3 +35,27 @@ def test_contact_sheet_holds_every_picture():
     assert (sheet == (0, 0, 255)).all(-1).sum() == 2 * 100 * 100
     with pytest.raises(ValueError, match="rows"):
         contact_sheet([[]])
+
+
+def test_scores_are_laid_over_the_picture():
+    grey = Image.new("RGB", (40, 20), (128, 128, 128))
+    heat = draw_scores(grey, [0, 1, 2, 3, 4, 2, 2, -math.inf], (2, 4), strength=1)
+    assert heat.size == (40, 20) and draw_scores(grey, [0, 1], (1, 2), size=80).size == (80, 40)
+    centre = [[heat.getpixel((10 * column + 5, 10 * row + 5)) for column in range(4)] for row in range(2)]
+    assert centre[0][0] == centre[1][3] == COLD and centre[1][0] == HOT  # the lowest, and the highest
+    light = [sum(colour) for colour in centre[0]]
+    assert light == sorted(set(light)) and centre[0][2] == centre[1][1] == centre[1][2]
+    flat = draw_scores(grey, [7.0] * 4, (2, 2), strength=1)
+    assert len(flat.getcolors()) == 1 and flat.getpixel((0, 0)) not in (COLD, HOT)
+    assert draw_scores(grey, [0, 1], (1, 2), strength=0).tobytes() == grey.tobytes()
+
+
+def test_bad_scores_are_refused():
+    grey = Image.new("RGB", (40, 20))
+    for arguments, said in (
+        (([1.0] * 7, (2, 4)), "8 numbers.*got 7"),
+        (([math.nan] * 8, (2, 4)), "NaN"),
+        (([1.0] * 8, (2, 4), None, 2), "strength=2"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            draw_scores(grey, *arguments)
