@@ -1,0 +1,69 @@
+"""Walks through the README as a newcomer types it, in one session and one folder; tests/test_wheel.py has it run.
+
+python walk_readme.py README.md done.json, with the Hub that HF_ENDPOINT names. Python snippets run unchanged. Commands
+run with the sizes of REDUCED put after their own arguments. What needs a GPU is left to tests/test_readme.py, which
+has it parsed. What was done with each is written to done.json.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from readme import FENCED, commands, module_and_arguments, without_settings
+from transformers import AutoProcessor
+
+from grip_hf.pocket import make_scene
+
+MODEL, DATASET = "llava-hf/llava-1.5-7b-hf", "your/dataset"
+TRAIN = "--warmup-steps 1 --steps 1 --rows 16 --batch 8 --generations 4 --warmup-batch 4 --width 16 --eval-examples 9"
+REDUCED = {
+    "demo": "--scenes 1 --selectors grip,grid --budgets 0.25",
+    "train": f"{TRAIN} --cpu",
+    "eval": "--examples 9",
+    "bench": "--rounds 1 --decode-tokens 1 --num-tokens 64 --selectors grid",
+    "grip_hf.pocket.report": "--scenes 1",
+    "grip_hf.pocket.train": "--see-steps 1 --speak-steps 1 --both-steps 1 --batch 2 --eval-scenes 1",
+}
+
+
+def run(words):
+    """Run a command at its reduced size; returns what was done."""
+    line = " ".join(words)
+    program, *rest = without_settings(words)
+    name = rest[0] if program == "grip-hf" and rest else module_and_arguments(words)[0]
+    if name not in REDUCED or "cuda" in words:
+        return "left out", line
+    changes = [word for word in words if "=" in word][: len(words) - len(rest) - 1]
+    made = ["env", *changes, program, *rest, *REDUCED[name].split()]
+    subprocess.run(made, check=True)
+    return "ran", line
+
+
+def prepare():
+    """What the snippets speak of without making it: `inputs`, two questions as a batch; and a dataset of one's own."""
+    scenes = [make_scene(0), make_scene(1)]
+    texts = [f"<image>{scene.questions[0].text}" for scene in scenes]
+    processor = AutoProcessor.from_pretrained(MODEL)
+    inputs = processor(images=[scene.image for scene in scenes], text=texts, padding=True, return_tensors="pt")
+    rows = [{"image": s.image, "prompt": q.text, "answer": q.answer} for s in scenes for q in s.questions]
+    Dataset.from_list(rows[:18]).save_to_disk(DATASET)
+    return {"inputs": inputs, "processor": processor}
+
+
+def main():
+    text = Path(sys.argv[1]).read_text(encoding="utf-8")
+    session, done = prepare(), []
+    for number, (language, body) in enumerate(FENCED.findall(text)):
+        if language == "python":
+            exec(compile(body, f"README block {number}", "exec"), session)
+            done.append(("ran", body))
+        elif language == "bash":
+            done += map(run, commands(f"```bash\n{body}```\n"))
+    done += map(run, commands(FENCED.sub("", text)))
+    Path(sys.argv[2]).write_text(json.dumps(done))
+
+
+if __name__ == "__main__":
+    main()
