@@ -17,7 +17,7 @@ def test_the_ranking_loss_equals_loops():
     for g in range(3):
         real = [t for t in range(6) if mask[g, t]]
         ranked = sorted(real, key=lambda t: -float(importance[g, t]))[: int(budgets[g])]
-        shares = torch.tensor([float(importance[g, t]) for t in ranked])
+        shares = torch.tensor([float(importance[g, t]) ** 0.5 for t in ranked])
         shares = shares / shares.sum()
         left = list(real)
         for share, token in zip(shares, ranked, strict=True):

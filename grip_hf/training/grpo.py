@@ -18,11 +18,11 @@ from .store import SampleStore
 
 DEFAULTS: dict[str, Any] = {
     "loss_type": "dr_grpo",
-    "scale_rewards": "batch",  # "group" blows up groups whose budget is so large that all members do well
+    "scale_rewards": "group",  # "batch" leaves little signal to large budgets, where all members do well
     "num_generations": 8,
     "entropy_coef": 0.001,  # the policy loss is divided by the longest completion, the entropy is not
     "per_device_train_batch_size": 64,
-    "learning_rate": 2e-4,
+    "learning_rate": 3e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 20,
     "max_grad_norm": 1.0,

@@ -48,8 +48,8 @@ class Plan:
 
     output: Path
     method: str = "grpo"
-    warmup_steps: int = 800
-    steps: int = 2500
+    warmup_steps: int = 400
+    steps: int = 900
     budgets: BudgetRange = dataclasses.field(default_factory=BudgetRange)
     target: str = "combined"
     seed: int = 0

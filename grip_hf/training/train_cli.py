@@ -20,14 +20,14 @@ def train(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of that dataset.")] = "train",
     method: Annotated[str, typer.Option(help="After the warm-up: grpo, relaxed, or warmup for nothing.")] = "grpo",
-    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of the warm-up.")] = 800,
-    steps: Annotated[int, typer.Option(min=0, help="Steps of the method.")] = 2500,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of the warm-up.")] = 400,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of the method.")] = 900,
     warmup_batch: Annotated[int, typer.Option(min=1, help="Examples per warm-up step and process.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Keep-sets per GRPO step and process.")] = 64,
     generations: Annotated[
         int, typer.Option(min=2, help="Keep-sets per example; the relaxation takes batch / generations examples too.")
     ] = 8,
-    rate: Annotated[float, typer.Option(help="Peak learning rate of the method.")] = 2e-4,
+    rate: Annotated[float, typer.Option(help="Peak learning rate of the method.")] = 3e-4,
     warmup_rate: Annotated[float, typer.Option(help="Peak learning rate of the warm-up.")] = 1e-3,
     budgets: Annotated[str, typer.Option(help="Smallest and largest keep ratio, separated by a comma.")] = "0.03,0.6",
     target: Annotated[str, typer.Option(help="Target of the warm-up: combined, gradient or attention.")] = "combined",

@@ -28,12 +28,13 @@ def ranking_loss(scores: Tensor, mask: Tensor, importance: Tensor, budgets: Tens
         budgets: [G] long, how many picks count.
 
     Returns:
-        A scalar: each pick's negative log-prob, weighted by its share of the importance within the budget.
+        A scalar: each pick's negative log-prob, weighted by its share of the roots of the importances within the budget.
+        With roots a few tokens that matter most do not drown the many that matter together, as in counting.
     """
     width = int(budgets.max())
     ranked = importance.masked_fill(~mask, -1).argsort(dim=1, descending=True, stable=True)[:, :width]
     counted = torch.arange(width, device=scores.device) < torch.minimum(budgets, mask.sum(1))[:, None]
-    weight = importance.gather(1, ranked).masked_fill(~counted, 0)
+    weight = importance.gather(1, ranked).clamp(min=0).sqrt().masked_fill(~counted, 0)
     weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
     return -(weight * log_prob(scores, mask, ranked.masked_fill(~counted, -1))).sum(1).mean()
 
