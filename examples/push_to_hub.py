@@ -21,6 +21,7 @@ def main():
     parser.add_argument("--results", help="table that `grip-hf eval --json` wrote, for the card")
     parser.add_argument("--measured", default="grip", help="name of this scorer in that table")
     parser.add_argument("--training", help="how it was trained, for the card")
+    parser.add_argument("--picture", help="a picture for the card, such as `grip-hf demo` draws")
     parser.add_argument("--license", default="apache-2.0")
     parser.add_argument("--private", action="store_true")
     parser.add_argument(
@@ -39,7 +40,7 @@ def main():
         processor.push_to_hub(args.repo)
         print(f'from_pretrained("{args.repo}") loads the model as ever; apply_grip(model) then prunes it')
         return
-    facts = {"training": args.training, "license": args.license}
+    facts = {"training": args.training, "license": args.license, "picture": args.picture}
     if args.results:
         facts |= {"results": args.results, "measured": args.measured}
     print(model.grip.push_to_hub(args.repo, private=args.private, **facts))

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image
 
 from .errors import ConfigError
 
 TEMPLATE = "model_card_template.md"
 TAGS = ("grip", "visual-token-pruning", "trl")
 SECTION = re.compile(r"<!-- grip_hf: (\w+) -->\n(.*?)<!-- /grip_hf -->", re.DOTALL)
-NOT_SAID = {"results": "Not measured yet.", "training": "Not described."}
+PICTURE = "kept_tokens.png"
+NOT_SAID = {"results": "Not measured yet.", "training": "Not described.", "picture": ""}
 UNPRUNED, MEAN = "unpruned", "mean"
 COLUMNS = ("selector", "budget", "task", "accuracy")
 
@@ -37,9 +39,10 @@ class Facts:
         dataset: What the table was measured on.
         training: How it was trained, such as the command; Markdown.
         license: Licence of the scorer, an identifier of the Hub.
+        picture: What to show at the top, such as `grip_hf.viz.draw_kept` returns: a PIL picture, or a file.
 
     Raises:
-        ConfigError: The table has no rows, or not those of `measured`.
+        ConfigError: The table has no rows, or not those of `measured`; or the picture cannot be read.
     """
 
     results: Any = None
@@ -47,8 +50,11 @@ class Facts:
     dataset: str = "held-out questions"
     training: str | None = None
     license: str | None = None
+    picture: Any = None
 
     def __post_init__(self) -> None:
+        if self.picture is not None:
+            object.__setattr__(self, "picture", _picture(self.picture))
         if self.results is None:
             return
         object.__setattr__(self, "results", _rows(self.results))
@@ -104,6 +110,7 @@ def make_card(handle: Any, facts: Facts, repo: str | None = None, old: str | Non
         version=version("grip-hf"),
         results=_markdown(facts.results) if facts.results is not None else NOT_SAID["results"],
         training=facts.training or NOT_SAID["training"],
+        picture=NOT_SAID["picture"] if facts.picture is None else f"![visual tokens that stay]({PICTURE})",
     )
     if old is None:
         return fresh
@@ -136,6 +143,17 @@ def _describe(scorer: Any) -> str:
     sizes, count = scorer.config, sum(weight.numel() for weight in scorer.parameters())
     reads = "reads the question" if sizes.query_aware else "does not read the question"
     return f"{count:,} parameters, for hidden size {sizes.hidden_size}, {reads}"
+
+
+def _picture(source: Any) -> Image.Image:
+    """A picture, read to its end."""
+    if isinstance(source, Image.Image):
+        return source
+    try:
+        with Image.open(source) as opened:
+            return opened.convert("RGB")
+    except (OSError, AttributeError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"picture={source!r} must be a picture or a file of one: {error}") from error
 
 
 def _rows(source: Any) -> list[Mapping[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from .card import Facts, make_card
+from .card import PICTURE, Facts, make_card
 from .download import check_kind, foreign_files, hub_errors, read_settings
 from .errors import ConfigError, HubError, ScorerError
 from .resolve import describe_base
@@ -37,6 +37,8 @@ def save(handle: Any, directory: str | os.PathLike[str], **card: Any) -> None:
     old = path.read_text(encoding="utf-8") if path.is_file() else None
     handle.save_part(directory)
     make_card(handle, facts, old=old).save(path)
+    if facts.picture is not None:
+        facts.picture.save(path.with_name(PICTURE))
 
 
 def push(
@@ -78,6 +80,8 @@ def push(
         fresh = Path(folder) / "new"
         handle.save_part(fresh)
         make_card(handle, facts, repo_id, old).save(fresh / CARD)
+        if facts.picture is not None:
+            facts.picture.save(fresh / PICTURE)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and parent is None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

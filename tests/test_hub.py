@@ -1,5 +1,6 @@
 """Sharing scorers and pruned checkpoints: the real huggingface_hub client against a Hub on loopback."""
 
+import io
 import json
 import os
 import socket
@@ -9,13 +10,16 @@ import sys
 import pytest
 import torch
 import transformers.utils.hub
+import yaml
 from huggingface_hub import ModelCard, constants
 from loopback_hub import READER, WRITER, LoopbackHub, Repo
+from PIL import Image
 from safetensors.torch import load
 from tiny import HIDDEN, build, make_inputs, select_by_content
 from transformers import LlavaForConditionalGeneration
 
 from grip_hf import GripConfig, GripScorer, apply_grip, remove_grip
+from grip_hf.card import PICTURE
 from grip_hf.errors import ConfigError, HubError, ScorerError
 from grip_hf.scorer import GripScorerConfig
 
@@ -93,6 +97,46 @@ def test_push_and_apply(hub, model, inputs):
         assert said in card.text
 
 
+def test_the_card_is_what_the_hub_reads(hub, model, tmp_path):
+    """Metadata by the Hub's own client and by a YAML reader; every figure of the table is there."""
+    table, picture = tmp_path / "eval_table.json", tmp_path / "shot.png"
+    table.write_text(json.dumps({"meta": {}, "rows": ROWS}))
+    Image.new("RGB", (8, 8), (9, 90, 200)).save(picture)
+    apply_grip(model, tiny_scorer(), num_tokens=3)
+    command = "`grip-hf train --pocket`"
+    model.grip.push_to_hub(REPO, results=table, picture=picture, training=command, dataset="Pocket scenes, held out")
+    files = hub.repos[REPO].files()
+    assert set(files) == {*FILES, PICTURE}
+    assert Image.open(io.BytesIO(files[PICTURE])).getpixel((3, 3)) == (9, 90, 200)
+    content = files["README.md"].decode()
+    card = ModelCard(content)
+    assert f"]({PICTURE})" in card.text and command in card.text and "## Limits" in card.text
+    card.validate()  # the Hub's own check, here that the client can ask for it
+    assert ("POST", "/api/validate-yaml") in hub.requests
+
+    metadata = yaml.safe_load(content.split("---\n")[1])
+    (entry,) = metadata["model-index"]
+    assert entry["name"] == "grip-tiny"
+    found = {}
+    for result in entry["results"]:
+        assert result["task"]["type"] == "visual-question-answering"
+        assert result["dataset"]["type"] == "pocket-scenes-held-out"
+        for metric in result["metrics"]:
+            assert metric["type"] == "accuracy"
+            found[result["dataset"]["config"], metric["name"]] = metric["value"]
+    assert found == {
+        ("mean", "accuracy (mean) keeping 25% of the visual tokens"): 87.5,
+        ("count", "accuracy (count) keeping 25% of the visual tokens"): 75.0,
+    }
+    again = ModelCard(str(card))
+    assert again.data.to_dict() == card.data.to_dict() and again.text == card.text
+
+    # A later upload without a picture keeps the one that is there.
+    model.grip.push_to_hub(REPO)
+    assert hub.repos[REPO].files()[PICTURE] == files[PICTURE]
+    assert f"]({PICTURE})" in hub.repos[REPO].files()["README.md"].decode()
+
+
 def test_updating_keeps_what_people_wrote(hub, model):
     apply_grip(model, tiny_scorer(), num_tokens=3)
     model.grip.push_to_hub(REPO, results=ROWS, training="for a day")
@@ -141,6 +185,8 @@ def test_bad_facts_and_selectors_are_refused_before_anything_is_written(hub, mod
         ({"results": [{"selector": "grip"}]}, "accuracy"),
         ({"results": ROWS, "measured": "oracle"}, "oracle"),
         ({"colour": "red"}, "colour"),
+        ({"picture": table}, "picture=.*table.json"),
+        ({"picture": 3}, "picture=3"),
     ):
         for write in (model.grip.save_pretrained, model.grip.push_to_hub):
             with pytest.raises(ConfigError, match=said):
