@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -250,3 +253,23 @@ def test_the_command_writes_a_table(command, tmp_path):
 def test_the_command_refuses(command, args, message):
     done = command(*args)
     assert done.exit_code == 2 and message in " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_table_of_one(tmp_path):
+    """Under torchrun on gloo, with a last batch that is not full and a number of batches that is odd."""
+    arguments = ["eval", "--pocket", "--examples", "33", "--seed", "4"]
+    arguments += ["--selectors", "random,cls_attention,visionzip,downsampling,oracle", "--budgets", "0.4,0.1"]
+    arguments += ["--batch-size", "7", "--json"]
+    script = tmp_path / "run.py"
+    script.write_text("from grip_hf.cli import app\napp()\n")
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    for launch, name in (([], "one"), (["-m", "torch.distributed.run", "--nproc_per_node", "2"], "two")):
+        command = [sys.executable, *launch, str(script), *arguments, str(tmp_path / f"{name}.json")]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("written to") == 1
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one == two
+    assert len(one["rows"]) == (1 + 2 * 5) * (len({row["task"] for row in one["rows"]}))
+    assert len({row["accuracy"] for row in one["rows"]}) > 5

@@ -20,6 +20,7 @@ from grip_hf.evaluation.memory import peak_memory
 from grip_hf.evaluation.paired import Bench, Sample, Variant
 from grip_hf.evaluation.shapes import SHAPES, build_inputs, build_model, get_shape
 from grip_hf.evaluation.stopwatch import SPANS, watched
+from grip_hf.pocket.model import build_model as build_pocket
 from grip_hf.selectors import get_selector
 
 SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64}
@@ -73,6 +74,24 @@ def test_the_floor_is_the_language_model_alone_on_what_was_kept():
         token, _ = one._floor(4)
         apply_grip(one.model, selector="grid", num_tokens=4)
         assert torch.equal(token, one._call()[0])
+
+
+def test_the_pocket_shape_is_that_of_the_pocket_model():
+    model, pocket = build_model(get_shape("pocket"), "meta", torch.float32), build_pocket()
+    assert {n: p.shape for n, p in model.model.named_parameters()} == {
+        n: p.shape for n, p in pocket.model.named_parameters()
+    }
+
+
+def test_downsampling_gives_the_tower_smaller_pictures():
+    one = tiny_bench(("downsampling",))
+    seen = []
+    one.model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple((args or tuple(kwargs.values()))[0].shape)), with_kwargs=True
+    )
+    sample = one.run(Variant("downsampling", 5))
+    assert seen == [(1, 3, 28, 28)] and sample.layer_tokens == (44, 44)
+    assert sample.ms["vision"] > 0 and sample.ms["selector"] == 0
 
 
 def test_the_parts_of_a_call_add_up():
@@ -180,7 +199,7 @@ def test_command(tmp_path):
     app = typer.Typer()
     app.command()(bench)
     file = tmp_path / "bench.json"
-    options = ["--model", "tiny", "--selectors", "grip,grid", "--num-tokens", "4,8", "--rounds", "2"]
+    options = ["--model", "tiny", "--selectors", "grip,grid", "--budgets", "0.25,0.5", "--rounds", "2"]
     result = CliRunner().invoke(app, [*options, "--decode-tokens", "1", "--json", str(file)])
     assert result.exit_code == 0, result.output
     data = json.loads(file.read_text())
@@ -189,15 +208,18 @@ def test_command(tmp_path):
     ]  # fmt: skip
     keys = {key for key, _ in COLUMNS.values()}
     assert all(keys <= row.keys() for row in data["rows"]) and data["setting"]["visual_tokens"] == 16
+    assert [row["kept"] for row in data["rows"]] == [4, 4, 8, 8]
     assert data["rows"][0]["flop_ratio"] < data["rows"][2]["flop_ratio"] < 1
     wrong = CliRunner().invoke(app, ["--num-tokens", "many"])
     assert wrong.exit_code == 2 and "whole numbers" in wrong.output
+    wrong = CliRunner().invoke(app, ["--model", "tiny", "--budgets", "1.5"])
+    assert wrong.exit_code == 2 and "1.5" in wrong.output
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": "huge"}, "unknown model shape 'huge'; known ones are tiny, small"),
+        ({"model": "huge"}, "unknown model shape 'huge'; known ones are tiny, pocket, small"),
         ({"selectors": ["nope"]}, "unknown selector 'nope'"),
         ({"num_tokens": [0]}, "num_tokens must be an integer >= 1, got 0"),
         ({"rounds": 0}, "rounds must be an integer >= 1, got 0"),

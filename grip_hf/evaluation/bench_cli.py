@@ -13,7 +13,7 @@ from rich.table import Table
 console = Console()
 COLUMNS = {
     "selector": ("selector", "{}"),
-    "kept": ("num_tokens", "{}"),
+    "kept": ("kept", "{}"),
     "TTFT ms": ("ttft_ms", "{:.1f}"),
     "of unpruned": ("ttft_ratio", "{:.1%}"),
     "vision": ("vision_ms", "{:.1f}"),
@@ -31,11 +31,14 @@ COLUMNS = {
 
 
 def bench(
-    model: Annotated[str, typer.Option(help="Shape: small, llava-1.5-7b, llava-next or qwen2.5-vl-7b.")] = "small",
-    selectors: Annotated[str, typer.Option(help="Selectors, separated by commas.")] = (
+    model: Annotated[
+        str, typer.Option(help="Shape: pocket, small, llava-1.5-7b, llava-next, qwen2.5-vl-7b.")
+    ] = "small",
+    selectors: Annotated[str, typer.Option(help="Selectors or downsampling, separated by commas.")] = (
         "grip,random,grid,cls_attention,similarity,diversity"
     ),
     num_tokens: Annotated[str, typer.Option(help="Visual tokens to keep, separated by commas.")] = "64,192",
+    budgets: Annotated[str | None, typer.Option(help="Or: keep ratios, separated by commas.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Paired rounds; medians are taken over them.")] = 5,
     decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to time after the first.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Samples per call.")] = 1,
@@ -46,17 +49,24 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the figures as data.")] = None,
 ) -> None:
     """Measure time to first token, time per further token, cache and memory, beside the unpruned model and a floor."""
+    from ..config import check_keep_ratio, count_kept
+    from ..errors import GripError
     from .latency import run_bench
+    from .shapes import get_shape
 
     names = [name.strip() for name in selectors.split(",") if name.strip()]
     try:
-        budgets = [int(text) for text in num_tokens.split(",") if text.strip()]
-    except ValueError:
-        raise typer.BadParameter(f"expected whole numbers separated by commas, got {num_tokens!r}") from None
-    with console.status("starting") as status:
-        result = run_bench(
-            model, names, budgets, rounds, decode_tokens, batch, device, dtype, attention, seed, status.update
-        )
+        if budgets is None:
+            counts = numbers(num_tokens, int, "whole numbers")
+        else:
+            total = get_shape(model).tokens
+            counts = [count_kept(total, check_keep_ratio(ratio)) for ratio in numbers(budgets, float, "numbers")]
+        with console.status("starting") as status:
+            result = run_bench(
+                model, names, counts, rounds, decode_tokens, batch, device, dtype, attention, seed, status.update
+            )
+    except GripError as error:
+        raise typer.BadParameter(str(error)) from error
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(as_table(result))
@@ -64,6 +74,14 @@ def bench(
         "floor: the unpatched language model on the kept embeddings; '/ floor': prefill with all that the patch adds, "
         "without the selector; 'TTFT / floor': against unpruned vision tower + selector + floor"
     )
+
+
+def numbers(text: str, kind: type, wanted: str) -> list[Any]:
+    """The numbers of a list separated by commas."""
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"expected {wanted} separated by commas, got {text!r}") from None
 
 
 def as_table(result: dict[str, Any]) -> Table:
@@ -76,7 +94,7 @@ def as_table(result: dict[str, Any]) -> Table:
     table = Table(title=title)
     for heading in COLUMNS:
         table.add_column(heading, justify="left" if heading == "selector" else "right")
-    unpruned = {"selector": "unpruned", "num_tokens": setting["visual_tokens"], **full}
+    unpruned = {"selector": "unpruned", "kept": setting["visual_tokens"], **full}
     for row in (unpruned, *result["rows"]):
         table.add_row(*(_cell(row.get(key), form, heading) for heading, (key, form) in COLUMNS.items()))
     return table

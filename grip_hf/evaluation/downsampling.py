@@ -18,6 +18,8 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..pruning import make_plan, take
 from ..selectors.vision_towers import PREFIX
 
+DOWNSAMPLING = "downsampling"  # its name among selectors
+
 
 @torch.no_grad()
 def downsample(

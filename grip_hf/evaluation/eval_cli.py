@@ -37,11 +37,18 @@ def evaluate(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the table as data.")] = None,
 ) -> None:
-    """Print and write accuracy per task and budget, with 95 % intervals, beside the unpruned model."""
+    """Print and write accuracy per task and budget, with 95 % intervals, beside the unpruned model.
+
+    Started by `accelerate launch` or `torchrun`, its processes share the examples; the table stays the same.
+    """
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     from ..errors import GripError
     from ..training.sources import load_model, load_pocket, load_rows
     from .runner import evaluate as run
-    from .tasks import named_selectors, pocket_examples
+    from .tasks import is_scorer, named_selectors, pocket_examples
 
     if pocket == (model is not None) or (model is None) != (dataset is None):
         raise typer.BadParameter("give either --pocket, or --model and --dataset")
@@ -55,12 +62,18 @@ def evaluate(
             assert model is not None and dataset is not None
             vlm, processor = load_model(model)
             rows = load_rows(dataset, split, examples)
-        result = run(vlm, processor, rows, chosen, ratios, batch_size)
+        processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+        result = run(vlm.to(processes.device), processor, rows, chosen, ratios, batch_size, processes=processes)
     except GripError as error:
         raise typer.BadParameter(str(error)) from error
+    if processes.num_processes > 1:
+        processes.destroy_process_group()
+        if not processes.is_main_process:
+            return
     show(result)
     if json_file is not None:
         meta = {"model": "pocket" if pocket else model, "examples": len(rows), "seed": seed, "selectors": list(chosen)}
+        meta["scorers"] = [name for name, one in chosen.items() if is_scorer(one)]
         write_table(json_file, result, meta)
         console.print(f"written to {json_file}")
 

@@ -45,7 +45,8 @@ def run_bench(
 
     Args:
         model: Name of a shape, such as "small" or "llava-1.5-7b".
-        selectors: Names of selectors; "grip" gets a scorer with random weights, which takes as long as a trained one.
+        selectors: Names of selectors, or "downsampling"; "grip" gets a scorer with random weights, which takes as
+            long as a trained one.
         num_tokens: Budgets.
         rounds: Paired rounds, after one that is not counted.
         decode_tokens: Further tokens to time after the first.
@@ -87,8 +88,9 @@ def run_bench(
     full = prefill_flops(language_model, found[0][Variant()].layer_tokens)
     rows = []
     for variant in pruned:
-        share = prefill_flops(language_model, found[0][variant].layer_tokens) / full
-        rows.append({**_row(found[1:], variant), "flop_ratio": share})
+        held = found[0][variant].layer_tokens
+        share = prefill_flops(language_model, held) / full
+        rows.append({**_row(found[1:], variant), "kept": held[-1] - texts, "flop_ratio": share})
     setting = {
         "model": model,
         "visual_tokens": shape.tokens,

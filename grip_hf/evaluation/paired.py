@@ -14,7 +14,8 @@ from transformers import DynamicCache
 from ..architectures import find_parts
 from ..patch import apply_grip, remove_grip
 from ..scorer import GripScorer, GripScorerConfig
-from ..selectors import Selector, get_selector
+from ..selectors import get_selector
+from .downsampling import DOWNSAMPLING, check_square, downsample
 from .memory import cache_bytes, peak_memory
 from .stopwatch import Stopwatch, TimedSelector, watched
 
@@ -58,7 +59,7 @@ class Bench:
     Args:
         model: The model, not patched.
         inputs: Inputs of its forward call.
-        selectors: Names of selectors.
+        selectors: Names of selectors, or "downsampling".
         decode_tokens: Steps to time after the first token.
         seed: Seed of the scorer's random weights.
     """
@@ -71,7 +72,9 @@ class Bench:
         self.selectors = {name: self._selector(name, seed) for name in selectors}
         self.kept: dict[int, dict[str, Any]] = {}
 
-    def _selector(self, name: str, seed: int) -> Selector:
+    def _selector(self, name: str, seed: int) -> Any:
+        if name == DOWNSAMPLING:
+            return check_square(self.model)  # nothing to apply
         if name != "grip":
             return get_selector(name, seed=seed)
         torch.manual_seed(seed)
@@ -84,12 +87,13 @@ class Bench:
         floor = variant.selector is None and variant.num_tokens
         if floor and floor not in self.kept:
             self.kept[floor] = self._kept_inputs(floor)
-        if variant.selector is not None:
+        smaller = variant.num_tokens if variant.selector == DOWNSAMPLING else None
+        if variant.selector is not None and smaller is None:
             selector = TimedSelector(self.selectors[variant.selector], self.watch)
             apply_grip(self.model, selector=selector, num_tokens=variant.num_tokens)
         try:
             with watched(self.model, self.watch), peak_memory(self.model.device) as peak:
-                token, cache = self._floor(floor) if floor else self._call()
+                token, cache = self._floor(floor) if floor else self._call(smaller)
                 ms, size = self.watch.spans(), cache_bytes(cache)
                 lengths = tuple(layer.keys.shape[-2] for layer in cache.layers)
                 ms["decode"], hook_us = self._decode(token, cache)
@@ -97,11 +101,12 @@ class Bench:
         finally:
             remove_grip(self.model)
 
-    def _call(self) -> tuple[Tensor, Any]:
-        """The first token, as `generate` computes it."""
+    def _call(self, smaller: int | None = None) -> tuple[Tensor, Any]:
+        """The first token, as `generate` computes it; from pictures of at most `smaller` tokens if that is given."""
         self.watch.reset()
         self.watch.mark("start")
-        output = self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+        inputs = self.inputs if smaller is None else downsample(self.model, self.inputs, smaller)
+        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         self.watch.mark("end")
         return token, output.past_key_values

@@ -11,8 +11,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..errors import ConfigError
 
-QUESTION_TOKENS = 40
-
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -23,6 +21,7 @@ class Shape:
         text: Settings of the language model.
         vision: Settings of the vision tower.
         tokens: Visual tokens of one picture.
+        words: Text tokens of the prompt.
         extra: Further settings of the model.
     """
 
@@ -30,6 +29,7 @@ class Shape:
     text: dict[str, Any]
     vision: dict[str, Any]
     tokens: int
+    words: int = 40
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -48,7 +48,7 @@ def _text(
     }
 
 
-def _clip(hidden: int, layers: int, heads: int, image: int = 336) -> dict[str, Any]:
+def _clip(hidden: int, layers: int, heads: int, image: int = 336, patch: int = 14) -> dict[str, Any]:
     return {
         "model_type": "clip_vision_model",
         "hidden_size": hidden,
@@ -56,7 +56,7 @@ def _clip(hidden: int, layers: int, heads: int, image: int = 336) -> dict[str, A
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "image_size": image,
-        "patch_size": 14,
+        "patch_size": patch,
     }
 
 
@@ -65,10 +65,12 @@ _CLIP_L = _clip(1024, 24, 16)
 
 SHAPES = {
     "tiny": Shape("llava", _text("llama", 64, 128, 2, 4, 4, 128), _clip(32, 2, 2, 56), 16),
+    # The model in grip_hf/pocket, and its questions.
+    "pocket": Shape("llava", _text("llama", 192, 576, 4, 6, 6, 159), _clip(160, 5, 5, 192, 16), 144, words=8),
     "small": Shape("llava", _text("llama", 1024, 2816, 12, 16, 16, 32064), _clip(512, 8, 8), 576),
     "llava-1.5-7b": Shape("llava", _VICUNA_7B, _CLIP_L, 576),
     # A 672 x 672 picture: the whole and 2 x 2 tiles, each row of which ends with a newline token.
-    "llava-next": Shape("llava_next", _VICUNA_7B, _CLIP_L, 5 * 576 + 48, {"image_grid_pinpoints": [[672, 672]]}),
+    "llava-next": Shape("llava_next", _VICUNA_7B, _CLIP_L, 5 * 576 + 48, extra={"image_grid_pinpoints": [[672, 672]]}),
     # A 672 x 672 picture: 48 x 48 patches, of which 2 x 2 make one token.
     "qwen2.5-vl-7b": Shape(
         "qwen2_5_vl",
@@ -115,12 +117,12 @@ def build_model(shape: Shape, device: str, dtype: torch.dtype, attention: str = 
 
 
 def build_inputs(shape: Shape, model: Any, batch: int = 1, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs of `batch` samples: some words, one random picture, a question; 40 words in all."""
+    """Inputs of `batch` samples: some words, one random picture, a question."""
     rng = torch.Generator().manual_seed(seed)
     image_token = shape.text["vocab_size"] - 1
-    words = torch.randint(3, shape.text["vocab_size"] - 3, (batch, QUESTION_TOKENS), generator=rng)
+    words = torch.randint(3, shape.text["vocab_size"] - 3, (batch, shape.words), generator=rng)
     picture = torch.full((batch, shape.tokens), image_token)
-    before, after = words.split([8, QUESTION_TOKENS - 8], 1)
+    before, after = words.split([shape.words // 5, shape.words - shape.words // 5], 1)
     ids = torch.cat([before, picture, after], 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if shape.family == "qwen2_5_vl":

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..attached import SUBFOLDER
 from ..errors import ConfigError
 from ..pocket.model import WEIGHTS
 from ..scorer import GripScorer
 from ..selectors import SELECTORS, get_selector
+from ..selectors.grip import GripSelector
 from ..training.pocket_examples import PocketExamples
+from .downsampling import DOWNSAMPLING
 from .methods import Downsampling, Oracle
 from .runner import Judged
 
 SHIPPED_FOLDER = WEIGHTS.parent / "scorers"  # but for "grip", which is the GRIP part of the pocket checkpoint
 SHIPPED = ("grip", "warmup", "relaxed")
-ORACLE, DOWNSAMPLING = "oracle", "downsampling"
+ORACLE = "oracle"
 
 
 def pocket_examples(examples: int, seed: int = 0) -> PocketExamples:
@@ -64,6 +66,11 @@ def named_selectors(specs: Iterable[str], seed: int = 0, pocket: bool = True) ->
     if not found:
         raise ConfigError("give at least one selector")
     return found
+
+
+def is_scorer(one: Judged | Sequence[Judged]) -> bool:
+    """Whether this is a trained scorer, or several trainings of one."""
+    return isinstance(one[0] if isinstance(one, Sequence) else one, GripSelector)
 
 
 def shipped_scorer(name: str) -> GripScorer:
