@@ -28,8 +28,8 @@ def ranking_loss(scores: Tensor, mask: Tensor, importance: Tensor, budgets: Tens
         budgets: [G] long, how many picks count.
 
     Returns:
-        A scalar: each pick's negative log-prob, weighted by its share of the roots of the importances within the budget.
-        With roots a few tokens that matter most do not drown the many that matter together, as in counting.
+        A scalar: each pick's negative log-prob, weighted by its share of the importances' roots within the
+        budget; roots keep the few tokens that matter most from drowning the many that matter together.
     """
     width = int(budgets.max())
     ranked = importance.masked_fill(~mask, -1).argsort(dim=1, descending=True, stable=True)[:, :width]
