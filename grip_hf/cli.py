@@ -10,6 +10,7 @@ from rich.table import Table
 
 from grip_hf.evaluation.bench_cli import bench
 from grip_hf.evaluation.eval_cli import evaluate
+from grip_hf.evaluation.pareto_cli import pareto
 from grip_hf.training.train_cli import train
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
@@ -25,6 +26,7 @@ def main() -> None:
 
 app.command("bench")(bench)
 app.command("eval")(evaluate)
+app.command("pareto")(pareto)
 app.command("train")(train)
 
 
