@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -40,14 +42,24 @@ def square_and_cls(config: Any) -> int:
     return square(config) + (getattr(config, "vision_feature_select_strategy", "default") == "full")
 
 
-def pooled(name: str) -> Callable[[Any], int]:
+def pooled(config: Any, name: str) -> int:
     """Patches of one picture, `config.name` x `config.name` of which make one token."""
-    return lambda config: square(config) // getattr(config, name) ** 2
+    return int(square(config) // getattr(config, name) ** 2)
 
 
-def setting(name: str) -> Callable[[Any], int]:
-    """The number that the config gives as `name`."""
-    return lambda config: getattr(config, name)
+def strided(config: Any) -> int:
+    """Patches of one picture of a tower that joins them as its config's `hidden_stride` says."""
+    return int(square(config) // config.vision_config.hidden_stride**2)
+
+
+def convolved(config: Any) -> int:
+    """Patches of one picture after two convolutions of stride 2."""
+    return square(config) // 16
+
+
+def unknown(config: Any) -> int:
+    """The size of a picture that the config does not fix."""
+    return 0
 
 
 def shuffled(config: Any) -> int:
@@ -67,14 +79,14 @@ class Family:
 
     Attributes:
         layout: gives (image [B, L] long, positions [B, L, 2] float) of the visual tokens of a call.
-        tile: gives the number of tokens of one picture or tile from the config, where it is fixed.
+        tile: gives the number of tokens of one picture or tile from the config, where it is fixed; it can be pickled.
         language_model: attribute of the base model that is the language model.
         token_ids: config attributes that hold the ids of the placeholder tokens of pictures and videos.
         mrope: True if positions have several kinds, so that they cannot be made compact.
     """
 
     layout: Layout
-    tile: Callable[[Any], int] = lambda config: 0
+    tile: Callable[[Any], int] = unknown
     language_model: str = "language_model"
     token_ids: tuple[str, ...] = ("image_token_id",)
     mrope: bool = False
@@ -84,21 +96,21 @@ BOTH = ("image_token_id", "video_token_id")
 
 FAMILIES: dict[str, Family] = {
     "aria": Family(latents),
-    "aya_vision": Family(marked_tiles, pooled("downsample_factor")),
-    "cohere2_vision": Family(joined_tiles, pooled("downsample_factor")),
+    "aya_vision": Family(marked_tiles, partial(pooled, name="downsample_factor")),
+    "cohere2_vision": Family(joined_tiles, partial(pooled, name="downsample_factor")),
     "deepseek_vl": Family(fixed_grid, square),
     "exaone4_5": Family(line, token_ids=BOTH),
-    "fast_vlm": Family(fixed_grid, setting("image_seq_length")),
-    "gemma3": Family(tiles_in_run, setting("mm_tokens_per_image")),
-    "gemma3n": Family(tiles_in_run, setting("vision_soft_tokens_per_image")),
+    "fast_vlm": Family(fixed_grid, attrgetter("image_seq_length")),
+    "gemma3": Family(tiles_in_run, attrgetter("mm_tokens_per_image")),
+    "gemma3n": Family(tiles_in_run, attrgetter("vision_soft_tokens_per_image")),
     "gemma4": Family(line, token_ids=BOTH),
     "glm46v": Family(rotary_grid, token_ids=BOTH, mrope=True),
     "glm4v": Family(rotary_grid, token_ids=BOTH, mrope=True),
     "glm4v_moe": Family(rotary_grid, token_ids=BOTH, mrope=True),
     "glm_ocr": Family(rotary_grid, token_ids=BOTH, mrope=True),
-    "got_ocr2": Family(tiles_in_run, lambda config: square(config) // 16),
+    "got_ocr2": Family(tiles_in_run, convolved),
     "idefics2": Family(latents, language_model="text_model"),
-    "idefics3": Family(marked_tiles, pooled("scale_factor"), language_model="text_model"),
+    "idefics3": Family(marked_tiles, partial(pooled, name="scale_factor"), language_model="text_model"),
     "internvl": Family(tiles_in_run, shuffled),
     "janus": Family(fixed_grid, square),
     "lfm2_vl": Family(line),
@@ -109,7 +121,7 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": Family(newline_rows, square, token_ids=BOTH),
     "mistral3": Family(joined_rows),
     "molmo2": Family(started_rows),
-    "ovis2": Family(started_tiles, lambda config: square(config) // config.vision_config.hidden_stride**2),
+    "ovis2": Family(started_tiles, strided),
     "paligemma": Family(fixed_grid, square),
     "perception_lm": Family(tiles_in_run, reference_features, token_ids=BOTH),
     "qianfan_ocr": Family(tiles_in_run, shuffled),
@@ -119,7 +131,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_moe": Family(rotary_grid, token_ids=BOTH, mrope=True),
     "qwen3_vl": Family(rotary_grid, token_ids=BOTH, mrope=True),
     "qwen3_vl_moe": Family(rotary_grid, token_ids=BOTH, mrope=True),
-    "smolvlm": Family(marked_tiles, pooled("scale_factor"), language_model="text_model"),
+    "smolvlm": Family(marked_tiles, partial(pooled, name="scale_factor"), language_model="text_model"),
     "video_llama_3": Family(line, token_ids=BOTH),
     "video_llava": Family(frames, square_and_cls, token_ids=BOTH),
     "vipllava": Family(fixed_grid, square),

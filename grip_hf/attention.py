@@ -64,23 +64,18 @@ def attention_masks(kwargs: dict[str, Any], positions: Tensor, step: Step, confi
     kept = step.plan.index.shape[1]
     additive = dtype if config._attn_implementation == "eager" else None
     segments = _packed_segments(kwargs, positions, step, config)
-    if any(kind in RECURRENT for kind in getattr(config, "layer_types", None) or ()):
+    if is_recurrent(config):
         _check_recurrent(segments, step)
     if segments is not None:
         if _uses_flash(config):
             raise GripError("cannot prune a packed batch with flash attention; use sdpa or a padded batch")
+        if needs_windows(config, step.plan.length):
+            return _windowed(None, step, config, additive, segments)
         return masks.causal_4d(step.keys, kept, masks.Window(kept, 0), segments, dtype=additive)
-    if cuts_static_keys(config, step.cache):
-        if isinstance(mask, dict):
-            return {kind: masks.mask_2d(one, step.keys) for kind, one in mask.items()}
-        return masks.mask_2d(mask, step.keys)
     if isinstance(mask, dict):
-        return {
-            kind: _own_tokens(one, step.plan)
-            if kind in RECURRENT
-            else _prepared(one, _layer_of(kind, step.cache), step, additive)
-            for kind, one in mask.items()
-        }
+        return {kind: _of_kind(kind, one, step, config, additive) for kind, one in mask.items()}
+    if cuts_static_keys(config, step.cache):
+        return masks.mask_2d(mask, step.keys)
     if mask is not None and mask.ndim != 2:
         return _prepared(mask, _layer_of("full_attention", step.cache), step, additive)
     if needs_windows(config, step.past_logical + step.plan.length):
@@ -89,6 +84,11 @@ def attention_masks(kwargs: dict[str, Any], positions: Tensor, step: Step, confi
         return masks.mask_2d(mask, step.keys)
     # With a cache no mask means causal attention; without one a mask keeps gaps from being read as packing.
     return None if step.keys.full and step.cache is not None else masks.mask_2d(None, step.keys)
+
+
+def is_recurrent(config: Any) -> bool:
+    """Whether the language model has layers that carry a state from token to token."""
+    return any(kind in RECURRENT for kind in getattr(config, "layer_types", None) or ())
 
 
 def _check_recurrent(segments: Tensor | None, step: Step) -> None:
@@ -104,6 +104,15 @@ def _check_recurrent(segments: Tensor | None, step: Step) -> None:
             "(convolution, linear attention): fillers would change their state; give one row at a time, or use "
             "`with model.grip.disabled()`"
         )
+
+
+def _of_kind(kind: str, mask: Tensor | None, step: Step, config: Any, additive: torch.dtype | None) -> Tensor | None:
+    """One of several masks, that of the layers of a kind."""
+    if kind in RECURRENT:
+        return _own_tokens(mask, step.plan)
+    if cuts_static_keys(config, step.cache):
+        return masks.mask_2d(mask, step.keys)
+    return _prepared(mask, _layer_of(kind, step.cache), step, additive)
 
 
 def _own_tokens(mask: Tensor | None, plan: Plan) -> Tensor | None:
@@ -125,7 +134,9 @@ def needs_windows(config: Any, length: int) -> bool:
     return reach is not None and length > reach and (layers is None or "sliding_attention" in layers)
 
 
-def _windowed(mask: Tensor | None, step: Step, config: Any, additive: torch.dtype | None) -> Any:
+def _windowed(
+    mask: Tensor | None, step: Step, config: Any, additive: torch.dtype | None, segments: Tensor | None = None
+) -> Any:
     """Masks of a model that makes its own from a 2-D one, with windows in original positions."""
     if _uses_flash(config):
         raise GripError(
@@ -137,7 +148,7 @@ def _windowed(mask: Tensor | None, step: Step, config: Any, additive: torch.dtyp
         keys = KeyMap(keys.index, masks.mask_2d(mask, keys) != 0, full=False)
     made = {
         kind: masks.causal_4d(
-            keys, kept, window(step.cache, kept, _layer_of(kind, step.cache), inside=True), reach=reach, dtype=additive
+            keys, kept, window(step.cache, kept, _layer_of(kind, step.cache), inside=True), segments, reach, additive
         )
         for kind, reach in (("full_attention", None), ("sliding_attention", config.sliding_window))
     }
@@ -150,14 +161,7 @@ def _packed_segments(kwargs: dict[str, Any], positions: Tensor, step: Step, conf
     transformers sees packing in jumps of the positions when there is neither a mask nor a cache. Dropping tokens makes
     such jumps too, so it is looked for here, before, and a pruned call always has a mask.
     """
-    use_cache = kwargs.get("use_cache")
-    use_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
-    if (
-        kwargs.get("attention_mask") is not None
-        or step.cache is not None
-        or use_cache
-        or kwargs.get("position_ids") is None
-    ):
+    if kwargs.get("attention_mask") is not None or not _may_be_packed(kwargs, config):
         return None
     if positions.ndim == 3:
         if positions.shape[0] == 3:
@@ -165,6 +169,25 @@ def _packed_segments(kwargs: dict[str, Any], positions: Tensor, step: Step, conf
         positions = positions[0]
     segments = find_packed_sequence_indices(positions)
     return None if segments is None else take_last(segments, step.plan.index)
+
+
+def _may_be_packed(kwargs: dict[str, Any], config: Any) -> bool:
+    """Whether transformers looks for packing in a call without a mask."""
+    use_cache = kwargs.get("use_cache")
+    use_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
+    return not use_cache and kwargs.get("past_key_values") is None and kwargs.get("position_ids") is not None
+
+
+def refuse_mixed_rows(kwargs: dict[str, Any], config: Any) -> None:
+    """Refuse a call without a mask whose model makes one that mixes the sequences packed into a row."""
+    if kwargs.get("attention_mask") is None or not _may_be_packed(kwargs, config):
+        return
+    positions = kwargs["position_ids"]
+    if positions.ndim == 2 and find_packed_sequence_indices(positions) is not None:
+        raise GripError(
+            "cannot prune a packed batch of this model: its own attention mask does not keep the sequences of a row "
+            "apart; use a padded batch"
+        )
 
 
 def _layer_of(kind: str, cache: Cache | None) -> int:
@@ -197,14 +220,26 @@ def _uses_flash(config: Any) -> bool:
     return "flash" in str(config._attn_implementation)
 
 
-def flash_arguments(mask: Any, step: Step, config: Any) -> dict[str, Any]:
-    """Extra arguments that keep flash attention from reading the gaps of one sequence's positions as packing."""
+def flash_arguments(mask: Any, positions: Tensor, step: Step, config: Any) -> dict[str, Any]:
+    """Extra arguments that keep flash attention from reading the gaps of one sequence's positions as packing.
+
+    Args:
+        mask: attention mask(s) of the physical call.
+        positions: its position ids, last dims [B, K].
+        step: what stays.
+        config: the language model's config.
+    """
     batch, kept = step.plan.index.shape
     if not _uses_flash(config) or batch > 1 or not step.keys.full or isinstance(mask, dict):
         return {}
     if mask is not None and not bool(mask.all()):
         return {}
     keys, device = step.keys.index.shape[1], step.keys.index.device
+    if is_recurrent(config) and positions.ndim == 3:
+        # Recurrent layers take lengths for packing. But the first of four kinds of M-RoPE positions only tells whether
+        # there is any, so it can be counted without gaps; three kinds are not looked at.
+        text = torch.arange(keys - kept, keys, device=device).expand(1, batch, -1)
+        return {"position_ids": torch.cat([text, positions[1:]])} if len(positions) == 4 else {}
     return {
         "cu_seq_lens_q": torch.tensor([0, kept], dtype=torch.int32, device=device),
         "cu_seq_lens_k": torch.tensor([0, keys], dtype=torch.int32, device=device),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import taps
 from .architectures import Parts
-from .attention import Step
+from .attention import Step, refuse_mixed_rows
 from .budgets import Budget
 from .cache import CacheState, PrunedCache, physical_length, set_state, state_of
 from .calls import Answer, Call, calls, prompt_text, taps_of
@@ -84,6 +84,10 @@ class Boundary:
         if not outputs:
             taps.clear()  # the pictures of this call are encoded within it
         mask, answer = kwargs.get("attention_mask"), calls.answers.pop(id(self), None)
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() and not outputs and not _pictures(kwargs):
+            # Text: candidates of assisted decoding may repeat the placeholders of the prompt's pictures.
+            input_ids = embeds = None
         calls.running[id(self)] = Call(input_ids, embeds, mask, outputs, answer)
 
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -153,6 +157,8 @@ class Boundary:
         seen = bool(visual.any())
         if not seen and (state is None or state.trivial):
             return None, None, None
+        if call.attention_mask is None:
+            refuse_mixed_rows(kwargs, self.parts.language_model.config)
         mask = kwargs.get("attention_mask") if call.attention_mask is None else call.attention_mask
         real = real_tokens(mask, past_logical, visual)
         stays = self._stays(call, kwargs, state, visual, real) if seen else None
@@ -190,6 +196,12 @@ class Boundary:
         if choice.embeds is not None:
             kwargs["inputs_embeds"] = torch.where(choice.keep[..., None], choice.embeds, kwargs["inputs_embeds"])
         return choice.keep
+
+
+def _pictures(kwargs: dict[str, Any]) -> bool:
+    """Whether pictures or videos come with a call."""
+    names = ("pixel_values", "image_hidden_states")
+    return any(value is not None for name, value in kwargs.items() if name.startswith(names))
 
 
 def _refuse_split_picture(state: CacheState | None, visual: Tensor, past: int) -> None:

@@ -70,8 +70,8 @@ def prune_inputs(kwargs: dict[str, Any], step: Step, config: Any) -> dict[str, A
     if positions is None:
         positions = torch.arange(plan.length, device=embeds.device)[None] + step.past_logical
     new["attention_mask"] = attention_masks(kwargs, positions, step, config)
-    new.update(flash_arguments(new["attention_mask"], step, config))
     new["position_ids"] = take_last(_renumbered(positions, step), plan.index)
+    new.update(flash_arguments(new["attention_mask"], new["position_ids"], step, config))
     if plan.index.shape[1] == plan.length and plan.full:
         return new  # every token of this call stays; only the keys before it are pruned
     new["inputs_embeds"] = take(embeds, plan.index)

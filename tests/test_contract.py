@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from matrix import FAMILIES, UPSTREAM
 from reference import (
     assert_close,
     held_positions,
@@ -21,17 +22,11 @@ from transformers import DynamicCache
 
 from grip_hf import apply_grip, remove_grip
 
-FAMILIES = sorted(TINY)
 ONE = [[3, IMAGE, 4]]
 TWO_PICTURES = [[2, IMAGE, 2, IMAGE, 3]]
 RAGGED = [[3, IMAGE, 4], [2, IMAGE, 2, IMAGE, 3], [5]]  # unequal counts and a row without pictures
-# transformers 5.23 mixes up the pictures of beams if a prompt has several; shown by an unpatched control.
-BEAMS_MIX_PICTURES = {"glm46v", "glm4v", "glm4v_moe", "glm_ocr"}
 RECURRENT = {"lfm2_vl", "qwen3_5"}  # one of a kind, so that their tests are fast ones
-# PaliGemma's prompt is one block in which all see all: it has no later turns.
-SINGLE_TURN = {
-    name: {"paligemma", "paligemma2"} for name in ("test_picture_in_a_second_turn", "test_text_turn_on_the_same_cache")
-}
+LATER_TURNS = ("test_picture_in_a_second_turn", "test_text_turn_on_the_same_cache")
 _models = {}
 
 
@@ -40,7 +35,10 @@ def is_fast(family, attention):
 
 
 def pytest_generate_tests(metafunc):
-    families = sorted(set(FAMILIES) - SINGLE_TURN.get(metafunc.function.__name__, set()))
+    if "family" not in metafunc.fixturenames or metafunc.function is test_a_prefix_has_no_later_turns:
+        return
+    later = metafunc.function.__name__ in LATER_TURNS
+    families = [name for name in FAMILIES if not later or name not in UPSTREAM["later turns"]]
     cells = [
         pytest.param(family, attention, marks=[] if is_fast(family, attention) else pytest.mark.slow)
         for family in families
@@ -172,7 +170,7 @@ def test_beam_search_with_and_without_cache(family, model, prompts):
     assert len(model.grip.kept_tokens(out)) == 3 * len(prompts)
     # Without a cache nothing of the cache's translation is used.
     uncached = generate(model, inputs, num_beams=3, num_return_sequences=2, output_scores=True, use_cache=False)
-    if family in BEAMS_MIX_PICTURES and len(prompts) > 1:
+    if family in UPSTREAM["beam search"] and len(prompts) > 1:
         remove_grip(model)
         assert beams_mix_pictures(model, inputs)
         return
@@ -243,6 +241,17 @@ def test_text_turn_on_the_same_cache(family, model):
     lengthen_types(family, full, 3)
     expected = reference_logits(model, full, torch.nn.functional.pad(held, (0, 3), value=True), positions)
     assert_close(family, out.logits, expected[:, -3:])
+
+
+@pytest.mark.parametrize("family", sorted(UPSTREAM["later turns"]))
+@pytest.mark.parametrize("attention", ["eager"])
+def test_a_prefix_has_no_later_turns(family, model):
+    """What a prompt says later changes what comes before it, also in the unpatched model."""
+    inputs = make_inputs(family, ONE)
+    longer = make_inputs(family, ONE)
+    longer["input_ids"][:, -1] = 7
+    seen = [model.model(**one).last_hidden_state[:, :3] for one in (inputs, longer)]
+    assert (seen[0] - seen[1]).abs().max() > 1e-2
 
 
 def test_picture_in_a_second_turn(family, model):

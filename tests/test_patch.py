@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from reference import held_positions, original_positions, reference_generate, reference_logits
+from reference import held_positions, reference_generate, reference_logits
 from safetensors.torch import load_file
 from tiny import HIDDEN, IMAGE, IMAGE_ID, build, make_inputs, select_by_content
 from transformers import DynamicCache, LlavaForConditionalGeneration
@@ -324,17 +324,6 @@ def test_hidden_states_keep_their_length(model, inputs):
     assert torch.equal(out.logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "smolvlm"])
-def test_embeddings_instead_of_ids(family):
-    model, inputs = build(family), make_inputs(family, [[3, IMAGE, 4], [3, IMAGE, 4]])
-    positions = original_positions(model, inputs)
-    apply_grip(model, keep_ratio=0.5, selector=select_by_content)
-    expected = model(**inputs, position_ids=positions).logits
-    ids = inputs.pop("input_ids")
-    embeds = model.get_input_embeddings()(ids)
-    assert torch.equal(model(**inputs, position_ids=positions, inputs_embeds=embeds).logits, expected)
-
-
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_the_choice_ignores_generated_text(model, use_cache):
     """A selector that reads the question chooses the same tokens at every step."""
@@ -391,25 +380,6 @@ def merged_embeddings(model, inputs):
     model(**inputs)
     hook.remove()
     return seen[0]
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
-def test_packed_sequences_stay_apart(family, attention):
-    """Two prompts in one row, told apart by their positions alone, as padding-free training passes them."""
-    model = build(family, attention)
-    one, two = (make_inputs(family, [prompt]) for prompt in ([3, IMAGE, 4], [2, IMAGE, 3, 2]))
-    apply_grip(model, num_tokens=3, selector=lambda batch: select_by_content(batch), scope="image")
-    singles = [model(**inputs, use_cache=False).logits[0] for inputs in (one, two)]
-    positions = []
-    for inputs in (one, two):
-        plain = torch.arange(inputs["input_ids"].shape[1])[None]
-        kinds = original_positions(model, inputs)
-        positions.append(plain if kinds.ndim == 2 else torch.cat([plain[None], kinds]))
-    packed = {name: torch.cat([one[name], two[name]], -1 if "ids" in name else 0) for name in one}
-    del packed["attention_mask"]
-    out = model(**packed, position_ids=torch.cat(positions, -1), use_cache=False).logits[0]
-    torch.testing.assert_close(out, torch.cat(singles), **CLOSE)
 
 
 def test_taps_reach_the_selector_also_through_generate(model):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matrix import VIDEO
 from reference import assert_close, reference_logits
 from tiny import IMAGE_ID, VIDEO_ID, build, select_by_content
 
@@ -80,6 +81,10 @@ VIDEOS = {
 # What `mm_token_type_ids` calls a video; it may have the placeholders of pictures.
 KINDS = {"gemma4": 2, "molmo2": 1, **{name: 2 for name in VIDEOS if name.startswith(("qwen", "glm"))}}
 SLOW = {"glm46v", "glm4v_moe", "glm_ocr", "qwen3_5_moe", "qwen3_vl_moe", "exaone4_5", "molmo2", "video_llama_3"}
+
+
+def test_the_matrix_names_them():
+    assert set(VIDEO) == set(VIDEOS)
 
 
 def make_inputs(family):

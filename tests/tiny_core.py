@@ -172,6 +172,7 @@ def _internvl():
         image_seq_length=4,
         downsample_ratio=0.5,
         vision_feature_layer=-1,
+        tie_word_embeddings=False,
     )
 
 

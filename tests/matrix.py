@@ -1,0 +1,116 @@
+"""What is verified for which family: tests draw their families from here, and the README's table is made of it.
+
+A check runs for every family. Where a family lacks what is checked, a limit says so, and its cell asserts that limit:
+in `UPSTREAM` ones the unpatched model fails too, in `REFUSED` ones an error is raised.
+"""
+
+import pytest
+from tiny import EAGER_ONLY, TINY
+
+FAMILIES = sorted(TINY)
+# One family of each kind: plain, M-RoPE, deepstack, masks made outside, windows made inside, shared layers, recurrent.
+# And a few of them, for the less usual calls.
+FEW = ("llava", "qwen2_vl", "cohere2_vision", "gemma3", "qwen3_5")
+KINDS = ("llava", "qwen2_vl", "qwen3_vl", "gemma3", "cohere2_vision", "mistral3", "gemma4", "lfm2_vl", "qwen3_5")
+VIDEO = ("exaone4_5", "gemma4", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "llava_next_video", "llava_onevision")
+VIDEO += ("molmo2", "perception_lm", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
+VIDEO += ("video_llama_3", "video_llava")
+
+PREFIX = "its prompt is one block in which all tokens see each other"
+MIXED = "with several pictures in a prompt, transformers gives its beams each other's pictures"
+STATE = "transformers cannot take back the state of its linear attention"
+BLOCKS = "tokens of a picture see each other, which flash attention cannot do"
+EMBEDS = "transformers takes no `inputs_embeds` in its `generate`"
+MROPE = "transformers cannot tell its positions without token ids"
+MERGED = "transformers mixes the sequences of a packed row: raises"
+RECURRENT = "the state of its recurrent layers would run on into the next sequence: raises"
+WINDOW = "beyond its sliding window: raises"
+
+
+def same(reason, *families):
+    return dict.fromkeys(families, reason)
+
+
+UPSTREAM = {
+    "static cache": {"paligemma2": "transformers passes its model masks that it does not take"},
+    "beam search": same(MIXED, "glm46v", "glm4v", "glm4v_moe", "glm_ocr"),
+    "prompt lookup": same(STATE, "qwen3_5", "qwen3_5_moe"),
+    "chunked prefill": {
+        "ovis2": "transformers fails on a chunk without pictures",
+        **same(PREFIX, "paligemma", "paligemma2"),
+    },
+    "later turns": same(PREFIX, "paligemma", "paligemma2"),
+    "embeddings": {
+        **same(EMBEDS, "exaone4_5", "gemma3", "gemma4", "paligemma", "paligemma2"),
+        **same(MROPE, "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "qwen2_5_vl", "qwen2_vl"),
+        **same(MROPE, "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
+    },
+    "packed rows": {
+        **same(MERGED, "gemma3", "gemma4", "molmo2", "paligemma", "paligemma2"),
+        **same(RECURRENT, "lfm2_vl", "qwen3_5", "qwen3_5_moe"),
+    },
+    "logits_to_keep": {"video_llama_3": "transformers ignores it"},
+    "flash": {
+        "got_ocr2": "transformers has eager attention only",
+        **same(BLOCKS, "gemma3", "gemma4", "molmo2", "paligemma", "paligemma2"),
+    },
+}
+REFUSED = {
+    "packed rows": {
+        **same(MERGED, "gemma3", "gemma4", "molmo2", "paligemma", "paligemma2"),
+        **same(RECURRENT, "lfm2_vl", "qwen3_5", "qwen3_5_moe"),
+    },
+    "flash": same(WINDOW, "aya_vision", "cohere2_vision", "exaone4_5", "gemma3n", "mistral3"),
+}
+COLUMNS = (
+    "static cache",
+    "beam search",
+    "prompt lookup",
+    "chunked prefill",
+    "later turns",
+    "embeddings",
+    "packed rows",
+)
+COLUMNS += ("flash",)
+
+
+def every_family(fast=FEW):
+    """Parametrize a test by `family`; those that are not `fast` are slow."""
+    return pytest.mark.parametrize(
+        "family", [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in FAMILIES]
+    )
+
+
+def lacking(check, family, control):
+    """Whether the family lacks what is checked; then `control`, which checks the unpatched model, must fail too."""
+    if family not in UPSTREAM.get(check, {}):
+        return False
+    with pytest.raises((AssertionError, AttributeError, TypeError, ValueError)):
+        control()
+    return True
+
+
+def refused(check, family):
+    """Whether the library raises an error instead."""
+    return family in REFUSED.get(check, {})
+
+
+def table():
+    """The README's table as Markdown, with its notes."""
+    limits = {check: {**UPSTREAM.get(check, {}), **REFUSED.get(check, {})} for check in COLUMNS}
+    notes = list(dict.fromkeys(limits[check][name] for name in FAMILIES for check in COLUMNS if name in limits[check]))
+    lines = [
+        "| family | pictures | video | attention | " + " | ".join(COLUMNS) + " |",
+        "|---|" + ":-:|" * (len(COLUMNS) + 3),
+    ]
+    for name in FAMILIES:
+        cells = [str(notes.index(limits[check][name]) + 1) if name in limits[check] else "✓" for check in COLUMNS]
+        attention = "eager" if name in EAGER_ONLY else "eager, SDPA"
+        video = "✓" if name in VIDEO else "–"
+        lines.append(f"| `{name}` | ✓ | {video} | {attention} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())  # noqa: T201

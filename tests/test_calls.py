@@ -1,0 +1,272 @@
+"""Less usual ways to call every family: sampling, prompt lookup, chunks, embeddings, checkpointing, packing, flash."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from matrix import every_family, lacking, refused
+from reference import (
+    assert_close,
+    held_positions,
+    lengthen_types,
+    original_positions,
+    reference_generate,
+)
+from tiny import EAGER_ONLY, IMAGE, TINY, build, join_pictures, make_inputs, select_by_content
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from grip_hf import apply_grip, remove_grip
+from grip_hf.errors import GripError
+
+ONE = [[3, IMAGE, 4]]
+RAGGED = [[3, IMAGE, 4], [2, IMAGE, 2, IMAGE, 3], [5]]
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def prune(model, **settings):
+    return apply_grip(model, selector=select_by_content, **(settings or {"keep_ratio": 0.5}))
+
+
+def generate(model, inputs, **kwargs):
+    fixed = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+    return model.generate(**inputs, **{**fixed, **kwargs})
+
+
+def assert_same(family, one, other):
+    assert torch.equal(one.sequences, other.sequences)
+    assert_close(family, torch.stack(one.logits), torch.stack(other.logits))
+
+
+@every_family()
+def test_sampling_draws_as_the_masked_model_would(family):
+    model, inputs = build(family), make_inputs(family, ONE)
+    prune(model)
+    torch.manual_seed(1)
+    one = generate(model, inputs, do_sample=True)
+    torch.manual_seed(1)
+    assert torch.equal(generate(model, inputs, do_sample=True).sequences, one.sequences)
+    held = held_positions(inputs, model.grip.kept_tokens(one))
+    remove_grip(model)
+    assert_close(family, one.logits[0], reference_generate(model, inputs, held, 1)[1][:, 0])
+
+
+@every_family()
+def test_prompt_lookup_decoding(family):
+    model, inputs = build(family), make_inputs(family, ONE)
+    # A prompt that repeats itself, so that there are candidates: in the very first call too.
+    more = torch.tensor([[11, 12, 13, 11, 12, 13, 11, 12]])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    lengthen_types(family, inputs, more.shape[1])
+    if lacking("prompt lookup", family, lambda: generate(model, inputs, prompt_lookup_num_tokens=3)):
+        return
+    prune(model)
+    plain = generate(model, inputs)
+    lengths = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    assisted = generate(model, inputs, prompt_lookup_num_tokens=3)
+    hook.remove()
+    assert lengths[0] > inputs["input_ids"].shape[1]
+    assert_same(family, assisted, plain)
+    assert torch.equal(*(model.grip.kept_tokens(out)[0] for out in (plain, assisted)))
+
+
+@every_family()
+def test_chunked_prefill(family):
+    model, inputs = build(family), make_inputs(family, [[3, IMAGE, 9]])
+    size = int((inputs["input_ids"] > 89).nonzero()[-1, 1]) + 1  # ends with the picture
+    whole = generate(model, inputs)
+    if lacking(
+        "chunked prefill", family, lambda: assert_same(family, generate(model, inputs, prefill_chunk_size=size), whole)
+    ):
+        return
+    prune(model)
+    plain = generate(model, inputs)
+    assert_same(family, generate(model, inputs, prefill_chunk_size=size), plain)
+    assert_same(family, generate(model, inputs, prefill_chunk_size=size + 2), plain)
+    with pytest.raises(GripError, match="split over two calls"):
+        generate(model, inputs, prefill_chunk_size=size - 3)
+    with model.grip.disabled():
+        generate(model, inputs, prefill_chunk_size=size - 3)
+
+
+@every_family()
+def test_embeddings_instead_of_ids(family):
+    model, inputs = build(family), make_inputs(family, [[3, IMAGE, 4], [3, IMAGE, 4]])
+    positions = original_positions(model, inputs)
+    prune(model)
+    expected = model(**inputs, position_ids=positions).logits
+    ids = inputs.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(**inputs, position_ids=positions, inputs_embeds=embeds).logits, expected)
+
+
+@every_family()
+def test_generate_from_embeddings(family):
+    model, inputs = build(family), make_inputs(family, ONE)
+    embeds = {**inputs, "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+    del embeds["input_ids"]
+
+    def check():
+        from_embeds, plain = generate(model, embeds), generate(model, inputs)
+        assert_close(family, from_embeds.logits[0], plain.logits[0])
+        assert torch.equal(from_embeds.sequences, plain.sequences[:, -6:])
+
+    if not lacking("embeddings", family, check):
+        prune(model)
+        check()
+
+
+@every_family()
+def test_gradient_checkpointing(family):
+    model, inputs = build(family), make_inputs(family, ONE)
+    labels = inputs["input_ids"].masked_fill((inputs["attention_mask"] == 0) | (inputs["input_ids"] > 88), -100)
+    prune(model)
+    model.train()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        with torch.enable_grad():
+            loss = model(**inputs, labels=labels, use_cache=False).loss
+            loss.backward()
+        grads.append({name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None})
+        model.zero_grad(set_to_none=True)
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 10
+    for name in grads[0]:
+        torch.testing.assert_close(grads[1][name], grads[0][name], atol=1e-4, rtol=1e-3)
+
+
+@every_family()
+def test_tuples_and_rows_of_logits(family):
+    model, inputs = build(family), make_inputs(family, RAGGED)
+
+    def check_rows():
+        logits = model(**inputs).logits
+        for rows in (1, torch.tensor([-1])):
+            assert_close(family, model(**inputs, logits_to_keep=rows).logits, logits[:, -1:])
+
+    lacks = lacking("logits_to_keep", family, check_rows)
+    prune(model)
+    expected = model.model(**inputs).last_hidden_state
+    assert torch.equal(model.model(**inputs, return_dict=False)[0], expected)
+    assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits)
+    if not lacks:
+        check_rows()
+
+
+@every_family()
+def test_copies_and_pickles_of_a_model_stay_pruned(family):
+    model, inputs = build(family), make_inputs(family, ONE)
+    prune(model)
+    pickled = pickle.dumps(model)  # later on transformers leaves hooks of its own that cannot be pickled
+    expected = model(**inputs).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickled)):
+        assert torch.equal(twin(**inputs).logits, expected)
+        twin.lm_head.weight.zero_()
+        assert not twin(**inputs).logits.any()
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+@every_family()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_sequences_stay_apart(family, attention):
+    """Two prompts in one row, told apart by their positions alone, as padding-free training passes them."""
+    model = build(family, attention)
+    both = [make_inputs(family, [prompt]) for prompt in ([3, IMAGE, 4], [2, IMAGE, 3, 2])]
+    positions = []
+    for inputs in both:
+        plain = torch.arange(inputs["input_ids"].shape[1])[None]
+        kinds = original_positions(model, inputs)
+        positions.append(plain if kinds.ndim == 2 else torch.cat([plain[None], kinds]))
+    text = [name for name in ("input_ids", TINY[family].types) if name in both[0]]
+    packed = {name: torch.cat([inputs[name] for inputs in both], 1) for name in text}
+    pictures = [{name: inputs[name] for name in inputs if name not in (*text, "attention_mask")} for inputs in both]
+    if TINY[family].stacked:
+        packed["pixel_values"] = torch.cat([one["pixel_values"] for one in pictures], 1)
+    else:
+        packed.update(join_pictures(family, pictures))
+
+    def check():
+        singles = [model(**inputs, use_cache=False).logits[0] for inputs in both]
+        out = model(**packed, position_ids=torch.cat(positions, -1), use_cache=False).logits[0]
+        assert_close(family, out, torch.cat(singles))
+
+    lacking("packed rows", family, check)
+    prune(model, num_tokens=3, scope="image")
+    if refused("packed rows", family):
+        with pytest.raises(GripError, match="packed"):
+            check()
+    else:
+        check()
+
+
+def looks_packed(cu_seq_lens_q=None, position_ids=None, **_):
+    """Whether flash attention looks for packing: in jumps of positions, if it is not given lengths."""
+    return cu_seq_lens_q is None and position_ids is not None
+
+
+def plain_flash(module, query, key, value, attention_mask, **kwargs):
+    """What flash attention computes, in plain torch: a 2-D mask of the keys, or sequences told apart by lengths."""
+    assert attention_mask is None or attention_mask.ndim == 2
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if attention_mask is not None:  # flash attention cuts the keys to the mask
+        keys = attention_mask.shape[1]
+        key, value = key[:, :, :keys], value[:, :, :keys]
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries).expand(batch, 1, -1, -1)
+    if attention_mask is not None:
+        seen = seen & attention_mask.bool()[:, None, None]
+    elif batch == 1 and queries == keys and looks_packed(**kwargs):
+        jumps = (kwargs["position_ids"].diff(dim=-1, prepend=kwargs["position_ids"][:, :1] - 1) != 1).cumsum(-1)
+        seen = seen & (jumps[:, :, None] == jumps[:, None])[:, None]
+    scores = query @ key.transpose(2, 3) * kwargs["scaling"]
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Build models that believe to run flash attention; in its place runs plain torch."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", plain_flash)
+
+    def as_flash(family):
+        if family in EAGER_ONLY:
+            raise ValueError("transformers has no other attention")
+        model = build(family, "sdpa")
+        model.get_decoder().config._attn_implementation = "flash_attention_2"
+        return model
+
+    return as_flash
+
+
+@every_family()
+@pytest.mark.parametrize("prompts", [ONE, RAGGED], ids=["one", "ragged"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_flash_attention_gets_what_it_can_take(family, flash, prompts, use_cache):
+    inputs = make_inputs(family, prompts)
+
+    def check(prepare):
+        expected = generate(prepare(build(family)), inputs, use_cache=use_cache)
+        model = prepare(flash(family))
+        assert_same(family, generate(model, inputs, use_cache=use_cache), expected)
+        if use_cache:
+            static = generate(model, inputs, cache_implementation="static", disable_compile=True)
+            assert_same(family, static, expected)
+
+    if lacking("flash", family, lambda: check(lambda model: model)):
+        return
+    if refused("flash", family):
+        with pytest.raises(GripError, match="sliding window"):
+            check(prune)
+    else:
+        check(prune)
