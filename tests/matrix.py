@@ -5,7 +5,7 @@ in `UPSTREAM` ones the unpatched model fails too, in `REFUSED` ones an error is 
 """
 
 import pytest
-from tiny import EAGER_ONLY, TINY
+from tiny import EAGER_ONLY, TINY, VARIANTS
 
 FAMILIES = sorted(TINY)
 # One family of each kind: plain, M-RoPE, deepstack, masks made outside, windows made inside, shared layers, recurrent.
@@ -20,7 +20,7 @@ PREFIX = "its prompt is one block in which all tokens see each other"
 MIXED = "with several pictures in a prompt, transformers gives its beams each other's pictures"
 STATE = "transformers cannot take back the state of its linear attention"
 BLOCKS = "tokens of a picture see each other, which flash attention cannot do"
-EMBEDS = "transformers takes no `inputs_embeds` in its `generate`"
+EMBEDS = "transformers does not generate from embeddings"
 MROPE = "transformers cannot tell its positions without token ids"
 MERGED = "transformers mixes the sequences of a packed row: raises"
 RECURRENT = "the state of its recurrent layers would run on into the next sequence: raises"
@@ -95,19 +95,23 @@ def refused(check, family):
     return family in REFUSED.get(check, {})
 
 
+def limits(check):
+    """Why families lack a check, by family."""
+    return {**UPSTREAM.get(check, {}), **REFUSED.get(check, {})}
+
+
 def table():
     """The README's table as Markdown, with its notes."""
-    limits = {check: {**UPSTREAM.get(check, {}), **REFUSED.get(check, {})} for check in COLUMNS}
-    notes = list(dict.fromkeys(limits[check][name] for name in FAMILIES for check in COLUMNS if name in limits[check]))
+    notes = list(dict.fromkeys(limits(check)[name] for name in FAMILIES for check in COLUMNS if name in limits(check)))
     lines = [
         "| family | pictures | video | attention | " + " | ".join(COLUMNS) + " |",
         "|---|" + ":-:|" * (len(COLUMNS) + 3),
     ]
     for name in FAMILIES:
-        cells = [str(notes.index(limits[check][name]) + 1) if name in limits[check] else "✓" for check in COLUMNS]
+        cells = [str(notes.index(limits(check)[name]) + 1) if name in limits(check) else "✓" for check in COLUMNS]
         attention = "eager" if name in EAGER_ONLY else "eager, SDPA"
-        video = "✓" if name in VIDEO else "–"
-        lines.append(f"| `{name}` | ✓ | {video} | {attention} | " + " | ".join(cells) + " |")
+        shown = f"`{VARIANTS[name]}` ({name})" if name in VARIANTS else f"`{name}`"
+        lines.append(f"| {shown} | ✓ | {'✓' if name in VIDEO else '–'} | {attention} | " + " | ".join(cells) + " |")
     lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]
     return "\n".join(lines)
 
