@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import IMAGE, IMAGE_ID, TINY, VARIANTS, build, make_inputs
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForImageTextToText, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from grip_hf import apply_grip
 from grip_hf.architectures import FAMILIES, find_parts
@@ -151,6 +151,18 @@ def test_newline_images_that_adjoin():
 def test_unsupported_models_name_the_supported_ones(model):
     with pytest.raises(UnsupportedModelError, match=r"llava_next.*qwen2_vl"):
         apply_grip(model, keep_ratio=0.5)
+    assert not hasattr(model, "grip")
+
+
+@pytest.mark.parametrize("name", ["mllama", "blip-2", "florence2", "llama4"])
+def test_families_of_another_build_are_refused(name):
+    """Cross-attention, a language model that generates by itself, an encoder-decoder, a head inside the decoder."""
+    config = AutoConfig.for_model(name)
+    config.get_text_config().num_hidden_layers = config.vision_config.num_hidden_layers = 1
+    with torch.device("meta"):  # the real sizes, without memory
+        model = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(UnsupportedModelError, match=f"type '{name}'.*supported model types: .*llava"):
+        apply_grip(model, keep_ratio=0.5, selector="grid")
     assert not hasattr(model, "grip")
 
 
