@@ -107,6 +107,8 @@ class PrunedCache:
         if not dropped or layer_idx >= len(self.layers):  # type: ignore[attr-defined]
             return sizes(query_length, layer_idx)
         layer = self.layers[layer_idx]  # type: ignore[attr-defined]
+        if not hasattr(layer, "get_seq_length"):  # a recurrent layer: the first one with keys answers
+            layer = next(one for one in self.layers if hasattr(one, "get_seq_length"))  # type: ignore[attr-defined]
         if getattr(layer, "is_sliding", False):
             # A sliding layer answers from its running length: let it answer for the logical one.
             name = "cumulative_length_int" if hasattr(layer, "cumulative_length_int") else "cumulative_length"
@@ -141,10 +143,12 @@ class PrunedCache:
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last entries; those among dropped visual tokens cannot go."""
-        if self.grip_state is not None and tokens_to_remove:
+        state = self.grip_state
+        if state is not None and tokens_to_remove:
             physical = int(super().get_seq_length())  # type: ignore[misc]
-            self.grip_state = self.grip_state.crop(physical - abs(int(tokens_to_remove)))
+            state = state.crop(physical - abs(int(tokens_to_remove)))
         super().crop(tokens_to_remove)  # type: ignore[misc]
+        self.grip_state = state  # now that recurrent layers have not refused
 
     def reset(self) -> None:
         """Empty the cache and forget what was dropped."""

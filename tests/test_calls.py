@@ -187,7 +187,7 @@ def test_packed_sequences_stay_apart(family, attention):
         plain = torch.arange(inputs["input_ids"].shape[1])[None]
         kinds = original_positions(model, inputs)
         positions.append(plain if kinds.ndim == 2 else torch.cat([plain[None], kinds]))
-    text = [name for name in ("input_ids", TINY[family].types) if name in both[0]]
+    text = ["input_ids", *(name for name in both[0] if "type_ids" in name)]
     packed = {name: torch.cat([inputs[name] for inputs in both], 1) for name in text}
     pictures = [{name: inputs[name] for name in inputs if name not in (*text, "attention_mask")} for inputs in both]
     if TINY[family].stacked:
@@ -207,6 +207,26 @@ def test_packed_sequences_stay_apart(family, attention):
             check()
     else:
         check()
+
+
+@pytest.mark.parametrize("family", ["lfm2_vl", "qwen3_5"])
+def test_caches_with_recurrent_layers(family):
+    """Lengths are logical, a crop that fails changes nothing, and later rows must keep equal numbers of tokens."""
+    model, inputs = build(family), make_inputs(family, ONE * 2)
+    prune(model)
+    cache = model(**inputs, use_cache=True).past_key_values
+    state, length = cache.grip_state, inputs["input_ids"].shape[1]
+    assert cache.get_seq_length() == length and cache.get_mask_sizes(1, 0) == (length + 1, 0)
+    with pytest.raises(RuntimeError, match="crop"):
+        cache.crop(-1)
+    assert cache.grip_state is state
+    second = make_inputs(family, [[2, IMAGE, 3], [4, IMAGE, 1]])
+    second["attention_mask"] = torch.ones(2, length + second["input_ids"].shape[1], dtype=torch.long)
+    second["position_ids"] = torch.arange(length, second["attention_mask"].shape[1]).expand(2, -1)
+    with model.grip.budget(num_tokens=[2, 4]), pytest.raises(GripError, match="fillers would change their state"):
+        model(**second, past_key_values=cache)
+    with model.grip.disabled():
+        model(**second, past_key_values=cache)
 
 
 def looks_packed(cu_seq_lens_q=None, position_ids=None, **_):
