@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import pytest
 import tiny
@@ -20,6 +21,11 @@ METHODS = {
     "pyramiddrop": (
         {"depths": [0.4, 0.8]},
         [(2, 2), (4, 4)],
+        lambda total, budget: [round(total * (budget / total) ** 0.5), budget],
+    ),
+    "sparsevlm": (
+        {"depths": [0.2, 0.4, 0.45]},  # layers 1, 2 and 2 again
+        [(1, 2), (2, 3)],
         lambda total, budget: [round(total * (budget / total) ** 0.5), budget],
     ),
 }
@@ -56,13 +62,34 @@ def masked_run(model, inputs, gone):
     return output
 
 
+def who_ranks(model, inputs, name):
+    """Per row the positions whose attention ranks: the last one, or the raters of SparseVLM in plain loops."""
+    if name != "sparsevlm":
+        return [[-1]] * len(inputs["input_ids"])
+    with torch.no_grad():
+        pictures = model.model.get_image_features(inputs["pixel_values"]).pooler_output
+        tokens, found = iter(torch.cat(list(pictures))), []
+        for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
+            seen = [next(tokens) for token in ids if token == tiny.IMAGE_ID]
+            places = [i for i, token in enumerate(ids) if mask[i] and token != tiny.IMAGE_ID]
+            words = [model.get_input_embeddings()(torch.tensor(ids[i])) for i in places]
+            drawn = [0.0] * len(words)
+            for token in seen:
+                spread = [math.exp(float(token @ word)) for word in words]
+                drawn = [total + one / sum(spread) for total, one in zip(drawn, spread, strict=True)]
+            found.append([place for place, one in zip(places, drawn, strict=True) if one >= sum(drawn) / len(drawn)])
+            assert 0 < len(found[-1]) < len(words)
+    return found
+
+
 def reference(model, inputs, name, budgets):
     """Dropped tokens per layer, found by ranking with the attention maps of the unpatched eager model."""
     _, stages, left = METHODS[name]
     visual, gone = inputs["input_ids"] == tiny.IMAGE_ID, {}
+    asking = who_ranks(model, inputs, name)
     for stage, (rank, drop) in enumerate(stages):
         maps = masked_run(model, inputs, gone).attentions[rank]
-        scores = maps[:, :, -1].mean(1)
+        scores = torch.stack([one[:, places].mean((0, 1)) for one, places in zip(maps, asking, strict=True)])
         dropped = torch.zeros_like(visual)
         for row, budget in enumerate(budgets):
             alive = visual[row].clone()

@@ -52,20 +52,6 @@ def test_cdpruner_without_words_is_plain_diversity():
     assert second == int(np.argmin(angles))
 
 
-def test_sparsevlm_equals_plain_loops():
-    batch = join([one_group((9,), words=5, budget=3), one_group((4,), words=2, budget=2, seed=1)])
-    scores = get_selector("sparsevlm")(batch)
-    for g, (count, words) in enumerate([(9, 5), (4, 2)]):
-        logits = np.array([[float(w @ t) for t in batch.tokens[g, :count]] for w in batch.text[g, :words]]) / 12**0.5
-        over_words = np.exp(logits) / np.exp(logits).sum(0)
-        drawn = over_words.mean(1)
-        raters = [w for w in range(words) if drawn[w] >= drawn.mean()]
-        over_tokens = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-        expected = over_tokens[raters].mean(0)
-        assert 0 < len(raters) < words
-        np.testing.assert_allclose(scores[g, :count].numpy(), expected, atol=1e-5)
-
-
 def test_hiprune_equals_a_walk_over_the_grid():
     side, budget = 8, 40
     group = one_group((side * side,), budget=budget)

@@ -1,8 +1,8 @@
 """Selectors that drop visual tokens between layers of the language model, by its own attention.
 
 The patch lets all tokens in (a selector that returns None keeps them all); hooks on the decoder layers rank the visual
-tokens by the attention of the prompt's last token, drop some, and give the last layer's output its length back. What
-each layer's cache lacks is remembered on the cache.
+tokens by the attention of some tokens, such as the prompt's last, drop some, and give the last layer's output its
+length back. What each layer's cache lacks is remembered on the cache.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ class Run:
         visual: [B, L] bool, the visual tokens.
         real: [B, L] bool, False at padding.
         budgets: [B] long, tokens that stay in the end; None if all stay.
+        asking: [B, L] bool, the tokens whose attention ranks.
         plan: What is left at the layer at hand; None if nothing was dropped yet.
-        scores: Attention of the last token to the tokens that are left, where a layer has just ranked them.
+        scores: Attention to the tokens that are left, where a layer has just ranked them.
     """
 
     visual: Tensor
     real: Tensor
     budgets: Tensor | None = None
+    asking: Tensor | None = None
     plan: Plan | None = None
     scores: Tensor | None = None
 
@@ -67,6 +69,11 @@ class InsideSelector(Selector):
     @abstractmethod
     def left(self, totals: Tensor, budgets: Tensor, stage: int, stages: int) -> Tensor:
         """Tokens [B] left of `totals` [B] after drop number `stage` of `stages`."""
+
+    def asking(self, batch: VisualBatch, run: Run) -> Tensor:
+        """[B, L] bool: the tokens whose attention ranks the visual ones: the last one of each row."""
+        last = run.real.shape[1] - 1 - run.real.flip(1).byte().argmax(1, keepdim=True)
+        return torch.zeros_like(run.real).scatter(1, last, True)
 
     def prepare(self, model: PreTrainedModel) -> list[RemovableHandle]:
         """Hook the decoder layers.
@@ -104,6 +111,7 @@ class InsideSelector(Selector):
         if int(rows.sum()) != len(batch.budgets):
             raise ConfigError(f"selector {self.name!r} shares its budget over a sample: use scope='sample'")
         run.budgets = run.visual.sum(1).index_put((rows.nonzero().flatten(),), batch.budgets)
+        run.asking = self.asking(batch, run)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._end(module, args, None)  # what a call left that failed before its hooks
@@ -138,8 +146,11 @@ class InsideSelector(Selector):
         inner = kwargs if run.plan is None else sliced(kwargs, run.plan, layer.self_attn.config._attn_implementation)
         for stage, (rank, drop) in enumerate(self._stages):
             if index == rank:
-                real = run.real if run.plan is None else run.plan.valid
-                run.scores = last_token_attention(layer, hidden, inner["position_embeddings"], real)
+                real, asking = run.real, run.asking
+                assert asking is not None
+                if run.plan is not None:
+                    real, asking = run.plan.valid, asking.gather(1, run.plan.index) & run.plan.valid
+                run.scores = mean_attention(layer, hidden, inner["position_embeddings"], real, asking)
             if index == drop:
                 assert run.scores is not None
                 step, run.plan = self._drop(run, stage)
@@ -170,20 +181,21 @@ class InsideSelector(Selector):
 
 
 @torch.no_grad()
-def last_token_attention(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], real: Tensor) -> Tensor:
-    """Attention of the last real token to every token in one decoder layer, averaged over heads.
+def mean_attention(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], real: Tensor, asking: Tensor) -> Tensor:
+    """Attention of some tokens to every token in one decoder layer, averaged over them and over heads.
 
     Args:
         layer: The decoder layer.
         hidden: [B, L, D] its input.
         rotary: Cosines and sines [B or 1, L, C] of the positions.
         real: [B, L] bool, False at padding.
+        asking: [B, L] bool, the tokens whose attention is meant, at least one real one in each row.
 
     Returns:
         [B, L] float32, 0 at padding.
     """
     attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-    last = hidden.shape[1] - 1 - real.flip(1).byte().argmax(1, keepdim=True)
+    who = make_plan(asking)
 
     def project(which: str, states: Tensor, place: Tensor | None) -> Tensor:
         heads = getattr(attention, f"{which}_proj")(states).unflatten(-1, (-1, attention.head_dim))
@@ -193,10 +205,13 @@ def last_token_attention(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tenso
         first, second = heads.chunk(2, -1)
         return heads * cos[:, :, None] + torch.cat([-second, first], -1) * sin[:, :, None]
 
-    query, key = project("q", take(normed, last), last), project("k", normed, None)
+    query, key = project("q", take(normed, who.index), who.index), project("k", normed, None)
     key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
-    logits = torch.einsum("bqhc,blhc->bhl", query, key) * attention.scaling
-    return logits.masked_fill(~real[:, None], -torch.inf).softmax(-1).mean(1)
+    logits = torch.einsum("bqhc,blhc->bhql", query, key) * attention.scaling
+    before = torch.arange(real.shape[1], device=real.device) <= who.index[..., None]
+    seen = (before & real[:, None])[:, None]
+    weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1).mean(1)
+    return (weights * who.valid[..., None]).sum(1).masked_fill(~real, 0) / who.valid.sum(1, keepdim=True).clamp(min=1)
 
 
 def sliced(kwargs: dict[str, Any], plan: Plan, kernel: str) -> dict[str, Any]:

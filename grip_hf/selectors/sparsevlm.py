@@ -1,38 +1,60 @@
-"""SparseVLM-style relevance: the words that look at the picture say which tokens matter."""
+"""SparseVLM: drop the visual tokens that the words which look at the picture look at least."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..selection import VisualBatch
 from . import register
-from .base import Selector
+from .inside import Run
+from .pyramiddrop import PyramidDropSelector
 
 
 @register("sparsevlm")
-class SparseVLMSelector(Selector):
-    """Text raters of SparseVLM (Zhang et al., ICML 2025, arXiv 2410.04417), before the language model.
+class SparseVLMSelector(PyramidDropSelector):
+    """SparseVLM (Zhang et al., ICML 2025, arXiv 2410.04417), without its recycling of dropped tokens.
 
-    The paper picks as raters the words that attend to the picture more than the average word does, and scores a visual
-    token by the attention that the raters pay it inside the language model, layer after layer. Here both come from one
-    softmax between words and visual tokens as they enter the language model, so that all layers are spared; its
-    recycling of dropped tokens is left out. Figures of this variant are not figures of the paper: where visual tokens
-    look like words, the background chooses the raters.
+    Raters are the words that draw more of the picture than the average word does, as both enter the language model. At
+    a few depths the visual tokens with least attention from the raters, in the layer before, are dropped. The paper
+    lets the rank of each attention map decide how many; here the same share goes at every depth, such that the budget
+    is left after the last. The paper also merges the best of the dropped tokens into a few new ones; here they are
+    gone, so that figures of this selector are no figures of the paper.
+
+    Args:
+        depths: Where, as shares of the number of layers; the paper's 2, 6 and 15 of 32 by default.
     """
 
-    def __call__(self, batch: VisualBatch) -> Tensor:
-        """Return scores [G, N] in [0, 1]; all 0 without words."""
-        tokens, words = batch.tokens.float(), batch.text.float()
-        logits = words @ tokens.transpose(1, 2) * tokens.shape[-1] ** -0.5
-        pair = batch.text_mask[:, :, None] & batch.mask[:, None]
-        if not logits.numel():
-            return torch.zeros_like(batch.mask, dtype=torch.float32)
-        # How much of a visual token's attention, spread over the words, each word draws.
-        drawn = logits.masked_fill(~pair, -1e9).softmax(1).masked_fill(~pair, 0).sum(2) / batch.mask.sum(
-            1, keepdim=True
-        )
-        mean = drawn.sum(1, keepdim=True) / batch.text_mask.sum(1, keepdim=True).clamp(min=1)
-        raters = (drawn >= mean) & batch.text_mask
-        paid = logits.masked_fill(~pair, -1e9).softmax(2).masked_fill(~pair, 0)
-        return (paid * raters[..., None]).sum(1) / raters.sum(1, keepdim=True).clamp(min=1)
+    def __init__(self, depths: Sequence[float] = (2 / 32, 6 / 32, 15 / 32)) -> None:
+        super().__init__(depths)
+
+    def stages(self, depth: int) -> list[tuple[int, int]]:
+        """Drops after the given depths, each ranked by the layer before; depths that fall together count once."""
+        ranking = dict.fromkeys(int(share * depth) for share in self.depths)
+        return [(layer, layer + 1) for layer in ranking]
+
+    def asking(self, batch: VisualBatch, run: Run) -> Tensor:
+        """The raters; the last token in rows without words.
+
+        What follows the prompt, as an answer does in training, does not rate.
+        """
+        text = run.real & ~run.visual
+        number = text.cumsum(1) - 1
+        rows = run.visual.any(1)
+        chosen = torch.zeros_like(text)
+        width = batch.text.shape[1]
+        if width:
+            is_rater = raters(batch).gather(1, number[rows].clamp(0, width - 1))
+            chosen[rows] = text[rows] & (number[rows] < width) & is_rater
+        return torch.where(chosen.any(1, keepdim=True), chosen, super().asking(batch, run))
+
+
+def raters(batch: VisualBatch) -> Tensor:
+    """[G, T] bool: words that draw the mean or more of the visual tokens' attention, each spread over the words."""
+    logits = batch.tokens.float() @ batch.text.float().transpose(1, 2)
+    spread = logits.masked_fill(~batch.text_mask[:, None], torch.finfo(logits.dtype).min).softmax(2)
+    drawn = (spread * batch.mask[..., None]).sum(1) / batch.mask.sum(1, keepdim=True).clamp(min=1)
+    mean = drawn.sum(1, keepdim=True) / batch.text_mask.sum(1, keepdim=True).clamp(min=1)
+    return (drawn >= mean) & batch.text_mask
