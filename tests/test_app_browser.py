@@ -1,7 +1,8 @@
-"""The page in a real browser: Debian's Chromium, headless."""
+"""The page in a real browser: Debian's Chromium, headless; two of them where two people use it."""
 
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -11,12 +12,16 @@ import urllib.request
 
 import pytest
 
+from grip_hf.pocket import make_scene
+
 APP = pathlib.Path(__file__).parents[1] / "examples" / "app.py"
 FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync")
-FLAGS += ("disable-background-networking", "disable-component-update", "window-size=1300,1100")
+FLAGS += ("disable-background-networking", "disable-component-update", "window-size=1300,1150")
+ALL, DELETE, ENTER = "\ue009a\ue000", "\ue017", "\ue007"  # keys: control and a, delete, enter
+pytestmark = pytest.mark.slow
 
 
-def wait_for(look, seconds=60):
+def wait_for(look, seconds=120):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := look():
@@ -25,7 +30,7 @@ def wait_for(look, seconds=60):
     raise AssertionError(f"nothing after {seconds} s")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page():
     """The address of the running page."""
     with socket.socket() as free:
@@ -42,47 +47,162 @@ def page():
             return False
 
     try:
-        wait_for(answers)
+        wait_for(answers, 300)
         yield f"http://127.0.0.1:{port}"
+        assert server.poll() is None, "the page ended"
     finally:
         server.terminate()
         server.wait(20)
 
 
+class User:
+    """Somebody before the page, in a browser of their own."""
+
+    def __init__(self, address, profile):
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = shutil.which("chromium")
+        for flag in (*FLAGS, f"user-data-dir={profile}"):
+            options.add_argument(f"--{flag}")
+        self.browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+        self.browser.get(address)
+        wait_for(lambda: self.find("#ask") and self.find("#picture img"))
+        wait_for(self.cards)  # the page begins with an answer
+
+    def find(self, selector):
+        return self.browser.find_elements("css selector", selector)
+
+    def see(self):
+        return self.find("body")[0].text
+
+    def fill(self, selector, text):
+        box = self.find(selector)[0]
+        box.send_keys(ALL, DELETE)
+        box.send_keys(text)
+
+    def choose(self, percent=None, question=None):
+        if question is not None:
+            self.fill("#question textarea, #question input", question)
+        if percent is not None:  # last: leaving the field asks
+            self.fill("#budget input[type=number]", str(percent))
+
+    def ask(self):
+        self.find("#ask")[0].click()
+
+    def cards(self):
+        """What the two cards say: (answer, tokens) of each; None while they are drawn anew."""
+        try:
+            cards = [card.text for card in self.find("#answers .card")]
+        except Exception:  # the page has just replaced them
+            return None
+        found = [re.fullmatch(r".*\n(.+)\n(\d+) of 144 visual tokens .*", text) for text in cards]
+        return [(one[1], int(one[2])) for one in found] if len(found) == 2 and all(found) else None
+
+    def wait_for_tokens(self, count, seconds=120):
+        wait_for(lambda: (self.cards() or [None, (None, 0)])[1][1] == count, seconds)
+        return self.cards()
+
+    def upload(self, path):
+        for clear in self.find("#picture button[aria-label='Remove Image'], #picture button[aria-label='Clear']"):
+            clear.click()
+        wait_for(lambda: self.find("#picture input[type=file]"))[0].send_keys(str(path))
+
+
 @pytest.fixture
-def browser(tmp_path):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
+def open_page(page, tmp_path):
+    users = []
 
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (*FLAGS, f"user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(f"--{flag}")
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
+    def open_page():
+        users.append(User(page, tmp_path / f"profile{len(users)}"))
+        return users[-1]
+
+    yield open_page
+    for user in users:
+        user.browser.quit()
 
 
-@pytest.mark.slow
-def test_asking_on_the_page(page, browser, tmp_path):
-    def find(selector):
-        return browser.find_elements("css selector", selector)
+def answers_of(scene, questions, percent):
+    """What the library says to the same without the page, with all tokens and with a few."""
+    from grip_hf import apply_grip
+    from grip_hf.pocket import load_pocket_llava
 
-    def ask():
-        find("#ask")[0].click()
+    model, processor = load_pocket_llava()
+    for ratio in (None, percent / 100):
+        if ratio:
+            apply_grip(model, keep_ratio=ratio)
+        said = []
+        for question in questions:
+            inputs = processor(images=scene.image, text=f"<image>{question}", return_tensors="pt")
+            out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            said.append(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+        yield said
 
-    browser.get(page)
-    wait_for(lambda: find("#ask") and find("#picture img"))
-    ask()
-    wait_for(lambda: "144 16" in (find("#answers table") or [browser.find_element("css selector", "body")])[0].text)
-    wait_for(lambda: find("#kept img"))
-    assert browser.save_screenshot(str(tmp_path / "page.png"))
+
+def test_asking_on_the_page(open_page, tmp_path):
+    user = open_page()
+    assert [tokens for _, tokens in user.cards()] == [144, 16]
+    wait_for(lambda: user.find("#kept img") and user.find("#scores img"))
+    assert user.browser.save_screenshot(os.environ.get("GRIP_SCREENSHOT", str(tmp_path / "page.png")))
+
+    # The ends of the slider: one token, and all of them, which changes nothing.
+    user.choose(percent=1)
+    user.ask()
+    user.wait_for_tokens(1)
+    user.choose(percent=100)
+    user.ask()
+    full, pruned = user.wait_for_tokens(144)
+    assert full == pruned
+    user.choose(percent=11)
+    user.ask()
+    user.wait_for_tokens(16)
 
     # An empty question is refused on the page, which goes on working.
-    box = find("#question textarea, #question input")[0]
-    box.send_keys("\ue009a\ue000", "\ue017")  # all of it selected and deleted
-    ask()
-    wait_for(lambda: "Ask a question." in find("body")[0].text)
-    box.send_keys("is there any lemon")
-    ask()
-    wait_for(lambda: "144 16" in find("#answers")[0].text)
+    user.choose(question="")
+    user.ask()
+    wait_for(lambda: "Ask a question." in user.see())
+    user.choose(question="is there any lemon", percent=25)
+    user.ask()
+    user.wait_for_tokens(36)
+
+
+def test_broken_and_other_pictures(open_page, tmp_path):
+    user = open_page()
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n no picture follows")
+    user.upload(broken)
+    user.choose(percent=50)
+    user.ask()
+    wait_for(lambda: "cannot be read as a picture" in user.see())
+    scene = make_scene(9)
+    scene.image.save(tmp_path / "scene.png")
+    user.upload(tmp_path / "scene.png")
+    question = scene.questions[2].text
+    user.choose(question=question, percent=25)
+    wait_for(lambda: user.find("#picture img"))
+    user.ask()
+    shown = user.wait_for_tokens(36)
+    (full,), (pruned,) = answers_of(scene, [question], 25)
+    assert shown == [(full, 144), (pruned, 36)]
+
+
+def test_two_people_at_once(open_page, tmp_path):
+    """Each has their own picture, question and budget, and sees their own answer."""
+    people = []
+    for number in (5, 6):
+        user, scene = open_page(), make_scene(number)
+        question = next(one.text for one in scene.questions if one.family == "colour")
+        scene.image.save(tmp_path / f"{number}.png")
+        user.upload(tmp_path / f"{number}.png")
+        user.choose(question=question)
+        people.append((user, scene, question))
+    for budgets in ((25, 50), (50, 25), (75, 25)):
+        for (user, *_), percent in zip(people, budgets, strict=True):
+            user.choose(percent=percent)
+        for user, *_ in people:
+            user.ask()
+        for (user, scene, question), percent in zip(people, budgets, strict=True):
+            (full,), (pruned,) = answers_of(scene, [question], percent)
+            tokens = 144 * percent // 100
+            assert user.wait_for_tokens(tokens) == [(full, 144), (pruned, tokens)]

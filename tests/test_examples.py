@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 import sys
 import threading
 
@@ -14,6 +15,7 @@ from tiny import HIDDEN, VIDEO_ID, build
 from transformers import AutoProcessor, BatchFeature
 
 from grip_hf import GripScorer, apply_grip
+from grip_hf.errors import GripError
 from grip_hf.pocket import make_scene
 from grip_hf.scorer import GripScorerConfig
 
@@ -139,19 +141,37 @@ def page():
     return load("app").Page()
 
 
-def cells(table, label):
-    line = next(line for line in table.splitlines() if line.startswith(f"| {label}"))
-    return [cell.strip() for cell in line.strip("|").split("|")[1:]]
+def read(answers):
+    """What the two cards say: (answer, tokens, all tokens, KiB of the cache) of each."""
+    pattern = r'<div class="said">(.*?)</div>.*?(\d+) of (\d+) visual tokens · \d+ ms · ([\d,]+) KiB'
+    found = re.findall(pattern, answers)
+    assert len(found) == 2
+    return [(said, int(kept), int(total), int(size.replace(",", ""))) for said, kept, total, size in found]
 
 
 def test_the_page_shows_both_answers(page):
     scene = make_scene(3)
-    table, picture = page.ask(scene.image, scene.questions[0].text, "similarity", 25)
-    assert cells(table, "visual tokens") == ["144", "36"] and all(cells(table, "answer"))
-    full, pruned = map(int, cells(table, "KV cache"))
-    assert pruned < full / 2 and max(picture.size) == 480
-    table, _ = page.ask(scene.image, scene.questions[0].text, "grid", 100)
-    assert len(set(cells(table, "answer"))) == len(set(cells(table, "visual tokens"))) == 1
+    answers, kept, scores = page.ask(scene.image, scene.questions[0].text, "similarity", 25)
+    (full, *tokens, most), (pruned, *fewer, least) = read(answers)
+    assert tokens == [144, 144] and fewer == [36, 144] and full and pruned and least < most / 2
+    assert kept.size == scores.size == (480, 480) and kept.tobytes() != scores.tobytes()
+    everything, alike = read(page.ask(scene.image, scene.questions[0].text, "grid", 100)[0])
+    assert everything == alike and everything[0] == full
+    assert read(page.ask(scene.image, scene.questions[0].text, "grid", 1)[0])[1][1] == 1
+
+
+def test_the_page_brings_the_scorer_of_the_pocket_model(page):
+    """Its answers and its tokens are those of the library without the page."""
+    assert next(iter(page.selectors)) == "grip"
+    scene = make_scene(3)
+    model, processor = load("app").load_pocket_llava()
+    apply_grip(model, keep_ratio=0.11)
+    for question in scene.questions:
+        inputs = processor(images=scene.image, text=f"<image>{question.text}", return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=64, do_sample=False, return_dict_in_generate=True)
+        said = processor.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        _, (pruned, kept, *_) = read(page.ask(scene.image, question.text, "grip", 11)[0])
+        assert (pruned, kept) == (said, len(model.grip.kept_tokens(out)[0]))
 
 
 def test_the_page_says_what_is_wrong(page):
@@ -161,27 +181,51 @@ def test_the_page_says_what_is_wrong(page):
     for arguments in ((None, "what", "grid", 25), (image, "  ", "grid", 25), (image, None, "grid", 25)):
         with pytest.raises(gradio.Error):
             page.ask(*arguments)
-    for arguments in ((image, "what", "telepathy", 25), (image, "what", "grid", 0)):
+    for arguments in ((image, "what", "telepathy", 25), (image, "what", "grid", 0), (image, "what", "grid", None)):
         with pytest.raises(gradio.Error, match="No such choice"):
             page.ask(*arguments)
     odd = Image.fromarray(np.zeros((1, 3), dtype=np.uint8))  # tiny, grey, not square
-    assert cells(page.ask(odd, "is there any key", "grid", 25)[0], "visual tokens") == ["144", "36"]
+    assert read(page.ask(odd, "is there any key", "grid", 25)[0])[1][1:3] == (36, 144)
+
+
+@pytest.mark.parametrize("harm", ["text", "cut", "empty"])
+def test_a_file_that_is_no_picture_is_refused_on_the_page(tmp_path, harm):
+    import gradio
+    from gradio.data_classes import ImageData
+
+    path = tmp_path / "picture.png"
+    make_scene(3).image.save(path)
+    whole = path.read_bytes()
+    field = load("app").readable(gradio.Image(type="pil"))
+    assert field.preprocess(ImageData(path=str(path), orig_name="picture.png")).size == make_scene(3).image.size
+    path.write_bytes({"text": b"no picture", "cut": whole[: len(whole) // 2], "empty": b""}[harm])
+    with pytest.raises(gradio.Error, match="cannot be read as a picture"):
+        field.preprocess(ImageData(path=str(path), orig_name="picture.png"))
+
+
+def test_what_the_model_says_is_shown_as_text():
+    assert "<b>" not in load("app").card("<b>", 1, 2, "<b>said", 3, 4)
 
 
 def test_two_users_at_once(page):
-    scene, tables = make_scene(4), {}
+    scene, seen = make_scene(4), {}
+    choices = {"similarity": 25, "grid": 50, "random": 10}
+    alone = {name: page.ask(scene.image, scene.questions[0].text, name, percent) for name, percent in choices.items()}
 
     def user(selector, percent):
         for _ in range(3):
-            tables.setdefault(percent, []).append(page.ask(scene.image, scene.questions[0].text, selector, percent)[0])
+            seen.setdefault(selector, []).append(page.ask(scene.image, scene.questions[0].text, selector, percent))
 
-    users = [threading.Thread(target=user, args=each) for each in (("similarity", 25), ("grid", 50))]
+    users = [threading.Thread(target=user, args=each) for each in choices.items()]
     for one in users:
         one.start()
     for one in users:
         one.join()
-    assert [cells(table, "visual tokens") for table in tables[25]] == [["144", "36"]] * 3
-    assert [cells(table, "visual tokens") for table in tables[50]] == [["144", "72"]] * 3
+    for name, results in seen.items():
+        answers, *pictures = alone[name]
+        assert [read(found) for found, *_ in results] == [read(answers)] * 3
+        for _, *drawn in results:
+            assert [one.tobytes() for one in drawn] == [one.tobytes() for one in pictures]
 
 
 def test_a_scorer_on_the_page(tmp_path, page):
@@ -193,4 +237,6 @@ def test_a_scorer_on_the_page(tmp_path, page):
     own = load("app").Page(scorer=tmp_path)
     assert next(iter(own.selectors)) == "grip" and width != HIDDEN and "grip" not in vars(build("llava"))
     scene = make_scene(3)
-    assert cells(own.ask(scene.image, scene.questions[0].text, "grip", 25)[0], "visual tokens") == ["144", "36"]
+    assert read(own.ask(scene.image, scene.questions[0].text, "grip", 25)[0])[1][1:3] == (36, 144)
+    with pytest.raises(GripError):
+        load("app").Page(scorer=tmp_path / "nowhere")
