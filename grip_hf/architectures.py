@@ -99,6 +99,7 @@ FAMILIES: dict[str, Family] = {
     "aya_vision": Family(marked_tiles, partial(pooled, name="downsample_factor")),
     "cohere2_vision": Family(joined_tiles, partial(pooled, name="downsample_factor")),
     "deepseek_vl": Family(fixed_grid, square),
+    "ernie4_5_vl_moe": Family(rotary_grid, token_ids=BOTH, mrope=True),
     "exaone4_5": Family(line, token_ids=BOTH),
     "fast_vlm": Family(fixed_grid, attrgetter("image_seq_length")),
     "gemma3": Family(tiles_in_run, attrgetter("mm_tokens_per_image")),

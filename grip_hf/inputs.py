@@ -14,7 +14,7 @@ from .cache import CacheState, physical_length
 from .errors import GripError
 from .pruning import Plan, compact_positions, take, take_last
 
-PER_TOKEN = ("per_layer_inputs", "token_type_ids", "mm_token_type_ids")
+PER_TOKEN = ("per_layer_inputs", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 UNTOUCHED = ("labels", "shift_labels", "input_ids", "logits_to_keep")
 HANDLED = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks", "deepstack_visual_embeds")
 
@@ -77,10 +77,16 @@ def prune_inputs(kwargs: dict[str, Any], step: Step, config: Any) -> dict[str, A
     new["inputs_embeds"] = take(embeds, plan.index)
     for name in PER_TOKEN:
         if isinstance(kwargs.get(name), Tensor):
+            _check_length(name, kwargs[name], plan.length)
             new[name] = take(kwargs[name], plan.index)
     if kwargs.get("visual_pos_masks") is not None:
         new.update(_deepstack(kwargs, plan))
     return new
+
+
+def _check_length(name: str, value: Tensor, length: int) -> None:
+    if value.shape[1] != length:
+        raise GripError(f"{name} covers {value.shape[1]} positions, but the call has {length}")
 
 
 def _renumbered(positions: Tensor, step: Step) -> Tensor:

@@ -39,6 +39,8 @@ def lengthen_types(family, inputs, steps):
     name, kinds = TINY[family].types, TINY[family].type_ids
     if name in inputs:
         inputs[name] = torch.nn.functional.pad(inputs[name], (0, steps), value=kinds[2])
+    if "moe_mm_token_type_ids" in inputs:
+        inputs["moe_mm_token_type_ids"] = torch.nn.functional.pad(inputs["moe_mm_token_type_ids"], (0, steps))
 
 
 def original_positions(model, inputs):

@@ -46,6 +46,7 @@ EXPECTED = {
     "qwen3_vl_moe": [grid(2, 3), grid(3, 2)],
     "video_llava": [grid(4, 4)] * 2,
     "vipllava": [grid(4, 4)] * 2,
+    "ernie4_5_vl_moe": [grid(2, 3), grid(3, 2)],
     "exaone4_5": [grid(6, 1)] * 2,
     "glm46v": [grid(2, 3), grid(3, 2)],
     "glm4v_moe": [grid(2, 3), grid(3, 2)],

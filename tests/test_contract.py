@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from matrix import FAMILIES, UPSTREAM
+from matrix import FAMILIES, UPSTREAM, lacking
 from reference import (
     assert_close,
     held_positions,
@@ -106,9 +106,10 @@ def test_half_equals_the_masked_model(family, model, prompts, scope):
 @pytest.mark.parametrize("prompts", [ONE, RAGGED], ids=["one", "ragged"])
 def test_generation_equals_the_masked_model(family, model, prompts):
     inputs = make_inputs(family, prompts)
+    lacks = lacking("no cache", family, lambda: generate(model, inputs, use_cache=False))
     halve(model)
     out = generate(model, inputs, output_logits=True)
-    uncached = generate(model, inputs, output_logits=True, use_cache=False)
+    uncached = out if lacks else generate(model, inputs, output_logits=True, use_cache=False)
     held = held_positions(inputs, model.grip.kept_tokens(out))
     for layer in out.past_key_values.layers:
         if getattr(layer, "keys", None) is not None:  # and the cache really is that small
@@ -168,6 +169,8 @@ def test_beam_search_with_and_without_cache(family, model, prompts):
     halve(model)
     out = generate(model, inputs, num_beams=3, num_return_sequences=2, output_scores=True)
     assert len(model.grip.kept_tokens(out)) == 3 * len(prompts)
+    if family in UPSTREAM["no cache"]:
+        return
     # Without a cache nothing of the cache's translation is used.
     uncached = generate(model, inputs, num_beams=3, num_return_sequences=2, output_scores=True, use_cache=False)
     if family in UPSTREAM["beam search"] and len(prompts) > 1:
@@ -274,6 +277,9 @@ def test_picture_in_a_second_turn(family, model):
         everything = {**chat, **join_pictures(family, [{name: first[name] for name in pictures}, pictures])}
     if "image_grid_thw" in first:
         everything["mm_token_type_ids"] = (ids == IMAGE_ID).int()
+    if TINY[family].experts:  # of the first turn alone; `generate` gives none later
+        kinds = first["moe_mm_token_type_ids"]
+        everything["moe_mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, ids.shape[1] - kinds.shape[1]))
     positions = positions_and_next(model, everything, 4)
     start = cache.get_seq_length()
     out = model(

@@ -7,7 +7,7 @@ A prompt is a list of parts: an int n stands for n random text tokens, `IMAGE` f
 """
 
 import torch
-from tiny_core import CORE, HIDDEN, IMAGE, IMAGE_ID, PAD, TEXT, VIDEO_ID, VISION, VOCAB
+from tiny_core import CORE, END_ID, HIDDEN, IMAGE, IMAGE_ID, PAD, START_ID, TEXT, VIDEO_ID, VISION, VOCAB
 from tiny_late import LATE
 from tiny_more import MORE
 from transformers import AutoModelForImageTextToText
@@ -57,6 +57,9 @@ def make_inputs(family, prompts, seed=0, pad_to=None):
     if TINY[family].types is not None:
         text, picture, _ = TINY[family].type_ids
         inputs[TINY[family].types] = torch.where(ids == IMAGE_ID, picture, text).int()
+    if TINY[family].experts:
+        around = torch.tensor([START_ID, IMAGE_ID, END_ID])
+        inputs["moe_mm_token_type_ids"] = torch.isin(ids, around).int()
     return inputs
 
 

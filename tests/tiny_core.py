@@ -45,7 +45,7 @@ class Tiny:
     per picture, the ids of its placeholder tokens with everything that belongs around them. `stacked` families take
     pictures as [batch, pictures, ...], the others one after the other. `types` names the argument with token types,
     which are `type_ids` = (text before, picture, text after). `crops` is the number of patches of a picture where the
-    arguments count patches over the whole batch.
+    arguments count patches over the whole batch. `experts` families send pictures and what is around them to experts.
     """
 
     config: Callable
@@ -54,6 +54,7 @@ class Tiny:
     types: str | None = None
     type_ids: tuple[int, int, int] = (0, 1, 0)
     crops: int = 0
+    experts: bool = False
 
 
 def text(**extra):

@@ -91,7 +91,32 @@ def molmo_pictures(count, seed):
     return arguments, [[START_ID, *low, END_ID, 95, *high, END_ID]] * count
 
 
+def ernie_pictures(count, seed):
+    arguments, ids = qwen_pictures(count, seed)
+    return {**arguments, "pixel_values": random(24 * count, 3 * 4 * 4, seed=seed)}, ids
+
+
 LATE = {
+    "ernie4_5_vl_moe": Tiny(
+        config(
+            "ernie4_5_vl_moe",
+            vision_config={**{k: v for k, v in grid_vision().items() if k != "out_hidden_size"}},
+            text_config={
+                **TEXT,
+                "rope_parameters": rope(),
+                "mlp_layer_types": ["dense", "sparse"],
+                "moe_intermediate_size": [16, 8],
+                "moe_num_experts": 4,
+                "moe_k": 2,
+                "moe_num_shared_experts": 1,
+            },
+            **MARKS,
+            **VIDEO_MARKS,
+        ),
+        ernie_pictures,
+        types="mm_token_type_ids",
+        experts=True,
+    ),
     "exaone4_5": Tiny(
         config(
             "exaone4_5",
