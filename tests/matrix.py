@@ -12,9 +12,9 @@ FAMILIES = sorted(TINY)
 # And a few of them, for the less usual calls.
 FEW = ("llava", "qwen2_vl", "cohere2_vision", "gemma3", "qwen3_5")
 KINDS = ("llava", "qwen2_vl", "qwen3_vl", "gemma3", "cohere2_vision", "mistral3", "gemma4", "lfm2_vl", "qwen3_5")
-VIDEO = ("exaone4_5", "gemma4", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "llava_next_video", "llava_onevision")
-VIDEO += ("molmo2", "perception_lm", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
-VIDEO += ("video_llama_3", "video_llava")
+VIDEO = ("ernie4_5_vl_moe", "exaone4_5", "gemma4", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "llava_next_video")
+VIDEO += ("llava_onevision", "molmo2", "perception_lm", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl")
+VIDEO += ("qwen3_vl_moe", "video_llama_3", "video_llava")
 
 PREFIX = "its prompt is one block in which all tokens see each other"
 MIXED = "with several pictures in a prompt, transformers gives its beams each other's pictures"

@@ -59,6 +59,7 @@ def molmo2():
 GLM = grid([94, *frames_apart(IMAGE_ID), 95])
 # Arguments of a video and the tokens that stand for it.
 VIDEOS = {
+    "ernie4_5_vl_moe": grid([94, *run(4), 95], 48),  # two frames make a token
     "exaone4_5": grid([92, *run(8), 93]),
     "gemma4": gemma4,
     "glm46v": GLM,
@@ -79,8 +80,23 @@ VIDEOS = {
     "video_llava": frames(FRAMES * 17),  # each frame with its [CLS]
 }
 # What `mm_token_type_ids` calls a video; it may have the placeholders of pictures.
-KINDS = {"gemma4": 2, "molmo2": 1, **{name: 2 for name in VIDEOS if name.startswith(("qwen", "glm"))}}
-SLOW = {"glm46v", "glm4v_moe", "glm_ocr", "qwen3_5_moe", "qwen3_vl_moe", "exaone4_5", "molmo2", "video_llama_3"}
+KINDS = {
+    "ernie4_5_vl_moe": 2,
+    "gemma4": 2,
+    "molmo2": 1,
+    **{name: 2 for name in VIDEOS if name.startswith(("qwen", "glm"))},
+}
+SLOW = {
+    "ernie4_5_vl_moe",
+    "glm46v",
+    "glm4v_moe",
+    "glm_ocr",
+    "qwen3_5_moe",
+    "qwen3_vl_moe",
+    "exaone4_5",
+    "molmo2",
+    "video_llama_3",
+}
 
 
 def test_the_matrix_names_them():
