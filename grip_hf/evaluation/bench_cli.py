@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-console = Console()
+from .screen import console
+
 COLUMNS = {
     "selector": ("selector", "{}"),
     "kept": ("kept", "{}"),

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from .metrics import MEAN, UNPRUNED, Row
-
-console = Console()
+from .screen import console
 
 
 def evaluate(

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-console = Console()
+from .screen import console
+
 POINTS = ("selector", "keep", "visual tokens", "accuracy, %", "TTFT, ms", "frontier")
 SAVINGS = ("selector", "median saving", "largest saving", "at accuracy, %", "against", "compared from, %", "to, %")
 
