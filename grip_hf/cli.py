@@ -13,7 +13,7 @@ from grip_hf.evaluation.eval_cli import evaluate
 from grip_hf.evaluation.pareto_cli import pareto
 from grip_hf.training.train_cli import train
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 console = Console()
 if not console.is_terminal:
     console.width = 140  # a file or a log has no width of its own
@@ -46,14 +46,20 @@ def demo(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the same as data.")] = None,
 ) -> None:
     """Watch a real, trained LLaVA answer questions with all of its visual tokens and with a fraction of them."""
+    from transformers.utils.logging import disable_progress_bar
+
     from grip_hf.pocket.demo import means, run_demo
     from grip_hf.selectors import SELECTORS
+
+    disable_progress_bar()  # each scorer that is loaded would show one
 
     names = [name.strip() for name in selectors.split(",") if name.strip()]
     ratios = [_ratio(text) for text in budgets.split(",") if text.strip()]
     unknown = sorted({*names, show} - set(SELECTORS))
     if unknown:
         raise typer.BadParameter(f"unknown selectors {unknown}; choose from {', '.join(sorted(SELECTORS))}")
+    if not picture.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--picture {picture}: there is no folder {picture.absolute().parent}")
     with console.status("loading") as status:
         result = run_demo(names, ratios, (show, _ratio(str(keep_ratio))), scenes, seed, status.update)
     table = Table(title=f"{show} keeps {keep_ratio:.0%} of the visual tokens")
@@ -78,6 +84,7 @@ def demo(
     console.print(overview)
     result.picture.save(picture)
     console.print(f"kept tokens drawn in {picture}")
+    console.print("this model is too small for pruning to save much time: `grip-hf bench` times larger ones")
     if json_file is not None:
         json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
         console.print(f"the same as data in {json_file}")

@@ -42,16 +42,18 @@ def test_demo_shows_what_the_model_says(tmp_path):
         (["--budgets", "0.5,much"], "'much'"),
         (["--selectors", "gird"], "'gird'"),
         (["--scenes", "0"], "--scenes"),
+        (["--picture", "nowhere/kept.png"], "nowhere"),
     ],
 )
 def test_bad_options_are_named_and_nothing_is_written(options, said, tmp_path):
     picture = tmp_path / "kept.png"
-    result = runner.invoke(app, ["demo", *options, "--picture", str(picture)])
+    result = runner.invoke(app, ["demo", "--picture", str(picture), *options])
     assert result.exit_code == 2 and said in result.output and not picture.exists()
 
 
 def test_every_command_has_help():
     result = runner.invoke(app, ["--help"])
+    assert "Fewer visual tokens" in result.output
     for command in ("demo", "bench", "eval", "train"):
         assert command in result.output
         assert runner.invoke(app, [command, "--help"]).exit_code == 0
