@@ -1,7 +1,7 @@
 """Ask about a video: one budget shared over all frames, or the same for each frame.
 
-python examples/video.py --video clip.mp4 "What happens?"                    # needs a decoder, such as PyAV
-python examples/video.py --frames 1.jpg 2.jpg 3.jpg "What happens?"          # pictures are frames too
+python examples/video.py --video clip.mp4 "What happens?"                    # needs torchvision and torchcodec
+python examples/video.py --frames 1.jpg 2.jpg 3.jpg "What happens?"          # pictures are frames; needs torchvision
 """
 
 import argparse
