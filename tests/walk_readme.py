@@ -23,6 +23,7 @@ REDUCED = {
     "train": f"{TRAIN} --cpu",
     "eval": "--examples 9",
     "bench": "--rounds 1 --decode-tokens 1 --num-tokens 64 --selectors grid",
+    "pareto": "",
     "grip_hf.pocket.report": "--scenes 1",
     "grip_hf.pocket.train": "--see-steps 1 --speak-steps 1 --both-steps 1 --batch 2 --eval-scenes 1",
 }
@@ -33,12 +34,26 @@ def run(words):
     line = " ".join(words)
     program, *rest = without_settings(words)
     name = rest[0] if program == "grip-hf" and rest else module_and_arguments(words)[0]
-    if name not in REDUCED or "cuda" in words:
-        return "left out", line
+    if reason := why_not(words, program, name):
+        return reason, line
     changes = [word for word in words if "=" in word][: len(words) - len(rest) - 1]
-    made = ["env", *changes, program, *rest, *REDUCED[name].split()]
+    made = ["env", *changes, program, *rest, *REDUCED.get(name, "").split()]
     subprocess.run(made, check=True)
     return "ran", line
+
+
+def why_not(words, program, name):
+    """Why a command is not run here; None if it is. A `grip-hf` command is run unless there is a reason."""
+    if program in ("pip", "pytest"):
+        return "the fixtures install, and pytest is running"
+    if "cuda" in words:
+        return "needs a GPU"
+    if any(word.endswith(".py") for word in words):
+        return "is in the source tree, not in the wheel"
+    missing = [word for word in words if word.endswith(".json") and not Path(word).exists()]
+    if name == "pareto" and missing:
+        return "reads figures that nobody wrote here"
+    return None if name in REDUCED or program == "grip-hf" else "another project's program"
 
 
 def prepare():
