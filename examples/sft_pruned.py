@@ -1,78 +1,73 @@
 """Fine-tune a model that runs on a fraction of its visual tokens, with TRL's SFTTrainer and LoRA.
 
-python examples/sft_pruned.py --model_name_or_path pocket --dataset_name pocket --use_peft --keep_ratio 0.11 \\
-    --selector similarity --max_steps 200 --per_device_train_batch_size 16 --learning_rate 1e-3 --output_dir runs/sft
+python examples/sft_pruned.py --keep_ratio 0.11 --selector random --max_steps 600 --output_dir runs/sft
 
 accelerate launch examples/sft_pruned.py --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name you/questions \\
-    --use_peft --load_in_4bit --keep_ratio 0.25 --scorer you/grip-llava-1.5-7b --output_dir runs/sft
+    --load_in_4bit --bf16 True --dtype bfloat16 --keep_ratio 0.25 --learning_rate 2e-4 \\
+    --scorer you/grip-llava-1.5-7b --output_dir runs/sft
+
+The dataset has TRL's columns `images`, `prompt` and `completion`. To load the adapters and prune again:
+`model = PeftModel.from_pretrained(model, "runs/sft")`, then `apply_grip(model, "runs/sft/grip")`.
 """
 
 import dataclasses
 
+import trl
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl import (
-    ModelConfig,
-    ScriptArguments,
-    SFTConfig,
-    SFTTrainer,
-    TrlParser,
-    get_peft_config,
-    get_quantization_config,
-)
 
 from grip_hf import apply_grip
-from grip_hf.pocket import load_pocket_llava
+from grip_hf.pocket.model import WEIGHTS
 from grip_hf.training.pocket_examples import PocketExamples
 
 LANGUAGE_MODEL_ONLY = r".*(language_model|text_model)\.layers.*(q|k|v|o|gate|up|down)_proj"
+POCKET = {"model_name_or_path": "pocket", "dataset_name": "pocket", "use_peft": True, "bf16": False}
+POCKET |= {"per_device_train_batch_size": 32, "learning_rate": 1e-3, "report_to": "none"}
 
 
 @dataclasses.dataclass
 class GripArguments:
-    keep_ratio: float = 0.25
-    selector: str = "grip"
-    scorer: str | None = None
-    rows: int = 4000
+    keep_ratio: float = dataclasses.field(default=0.25, metadata={"help": "Share of the visual tokens to keep."})
+    selector: str = dataclasses.field(default="grip", metadata={"help": "Who chooses; 'grip' needs a scorer."})
+    scorer: str | None = dataclasses.field(default=None, metadata={"help": "Folder or Hub id of a scorer."})
+    rows: int = dataclasses.field(default=20_000, metadata={"help": "Questions of the pocket dataset."})
+    merge: bool = dataclasses.field(default=False, metadata={"help": "Also write the merged model to `merged`."})
 
 
-def pocket_dataset(rows):
-    looked = map(PocketExamples(rows).look, range(rows))
-    return Dataset.from_list(
-        [{"images": [s.image], "prompt": f"<s><image>{q.text}", "completion": f" {q.answer} </s>"} for s, q in looked]
-    )
+def pocket_rows(rows, seed):
+    for scene, question in map(PocketExamples(rows, seed).look, range(rows)):
+        prompt, completion = f"<s><image>{question.text}", f" {question.answer} </s>"
+        yield {"images": [scene.image], "prompt": prompt, "completion": completion}
 
 
 def main(script_args, training_args, model_args, grip_args):
-    training_args.max_length = None  # cutting could take visual tokens away from their picture
-    if model_args.model_name_or_path == "pocket":
-        model, processor = load_pocket_llava()
-    else:
-        model = AutoModelForImageTextToText.from_pretrained(
-            model_args.model_name_or_path,
-            dtype=model_args.dtype or "auto",
-            quantization_config=get_quantization_config(model_args),
-        )
-        processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
+    name = WEIGHTS if model_args.model_name_or_path == "pocket" else model_args.model_name_or_path
+    model = AutoModelForImageTextToText.from_pretrained(
+        name,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=trl.get_quantization_config(model_args),
+    )
     apply_grip(model, grip_args.scorer, keep_ratio=grip_args.keep_ratio, selector=grip_args.selector)
-
     if script_args.dataset_name == "pocket":
-        data = pocket_dataset(grip_args.rows)
+        data = Dataset.from_generator(pocket_rows, gen_kwargs={"rows": grip_args.rows, "seed": training_args.seed})
     else:
         data = load_dataset(script_args.dataset_name, split=script_args.dataset_train_split)
+    training_args.max_length = None  # cutting could take visual tokens away from their picture
     model_args.lora_target_modules = model_args.lora_target_modules or LANGUAGE_MODEL_ONLY
-    trainer = SFTTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=data,
-        processing_class=processor,
-        peft_config=get_peft_config(model_args),
+    processor, peft_config = AutoProcessor.from_pretrained(name), trl.get_peft_config(model_args)
+    trainer = trl.SFTTrainer(
+        model, training_args, train_dataset=data, processing_class=processor, peft_config=peft_config
     )
     trainer.train()
     trainer.save_model(training_args.output_dir)
     model.grip.save_pretrained(f"{training_args.output_dir}/grip")
+    if grip_args.merge:
+        for part in (trainer.model.merge_and_unload() if peft_config else trainer.model, processor):
+            part.save_pretrained(f"{training_args.output_dir}/merged")
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, GripArguments))
+    parser = trl.TrlParser((trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, GripArguments))
+    parser.set_defaults(**POCKET)
     main(*parser.parse_args_and_config())
