@@ -77,8 +77,12 @@ class Boundary:
             kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         tokens = embeds if input_ids is None else input_ids
-        if tokens is None or tokens.shape[1] == 1:
-            return
+        if tokens is not None and tokens.shape[1] > 1:
+            self._remember(kwargs, input_ids, embeds)
+
+    @torch.compiler.disable
+    def _remember(self, kwargs: dict[str, Any], input_ids: Tensor | None, embeds: Tensor | None) -> None:
+        """The part of `before_base` that decoding has not; a compiled prefill runs it as it stands."""
         encoded = kwargs.get("mm_encoder_outputs")
         outputs = [one for one in encoded.values() if one is not None] if isinstance(encoded, dict) else []
         if not outputs:
@@ -98,19 +102,24 @@ class Boundary:
     def before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Drop tokens from the call; returns its new arguments, or None to leave it as it is."""
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
-        call = calls.running.get(id(self))
         state = state_of(cache)
-        if call is None:
+        if calls.running.get(id(self)) is None:
             if cache is None or state is None or state.trivial or embeds is None:
                 return None
             if embeds.shape[1] == 1 and decodes_simply(kwargs.get("attention_mask"), module.config, cache, state):
                 kwargs = decode_inputs(kwargs, cache, state)
                 cache.grip_inside = True
                 return args, kwargs
-        if args or embeds is None:
+        return self._prune(module, args, kwargs)
+
+    @torch.compiler.disable  # the choice depends on the data, so a compiled model would break into many graphs here
+    def _prune(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The part of `before_language_model` that decoding has not."""
+        cache, call = kwargs.get("past_key_values"), calls.running.get(id(self))
+        if args or kwargs.get("inputs_embeds") is None:
             raise GripError("cannot prune: the language model was called without inputs_embeds=...")
         call = call if call is not None else Call(None, None, None, [])
-        plan, call.state, call.step = self._plan(call, kwargs, state)
+        plan, call.state, call.step = self._plan(call, kwargs, state_of(cache))
         if plan is None:
             return None
         assert call.step is not None
@@ -127,7 +136,12 @@ class Boundary:
         if isinstance(cache, PrunedCache):
             cache.grip_inside = False
         call = calls.running.get(id(self))
-        if call is None or call.state is None or output is None:
+        return None if call is None or output is None else self._restore(call, cache, output)
+
+    @torch.compiler.disable
+    def _restore(self, call: Call, cache: Any, output: Any) -> Any:
+        """The part of `after_language_model` that decoding has not."""
+        if call.state is None:
             return None
         cache = cache if cache is not None else cache_of(output)
         if cache is not None:
