@@ -9,7 +9,7 @@ from reference import assert_close
 from tiny import IMAGE, build, make_inputs, select_by_content
 from transformers import StaticCache
 
-from grip_hf import apply_grip
+from grip_hf import apply_grip, remove_grip
 from grip_hf.cache import PrunedCache
 
 ONE = [[3, IMAGE, 4]]
@@ -55,6 +55,25 @@ def test_static_cache(family, attention, prompts):
     static = generate(model, inputs, **in_static_cache)
     assert isinstance(static.past_key_values, StaticCache) and isinstance(static.past_key_values, PrunedCache)
     assert_same(family, static, dynamic)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
+@pytest.mark.parametrize("ratio", [None, 0.25, 0.5], ids=["whole", "quarter", "same"])
+def test_assistant_model(family, ratio):
+    """A twin of the model proposes tokens, unpruned or pruned as it likes; what comes out is the model's own."""
+    model, inputs = prune(build(family)), make_inputs(family, ONE)
+    plain, twin, calls = generate(model, inputs), prune(build(family), keep_ratio=ratio or 1.0), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with model.grip.disabled(), twin.grip.disabled():
+        generate(model, inputs, assistant_model=twin)
+    unpruned = len(calls)
+    if ratio is None:
+        remove_grip(twin)
+    assisted = generate(model, inputs, assistant_model=twin)
+    assert_same(family, assisted, plain)
+    assert torch.equal(*(model.grip.kept_tokens(out)[0] for out in (plain, assisted)))
+    if ratio == 0.5:  # a twin that sees the same proposes as well as without pruning
+        assert len(calls) - unpruned <= unpruned
 
 
 def test_candidates_are_not_part_of_the_question():
