@@ -88,7 +88,7 @@ def finish(process, output):
 def test_a_killed_run_of_two_processes_goes_on(work):
     """Killed at once, without a chance to tidy up, and started again by the same command: it comes to its end.
 
-    The two runs differ in precision, as their configs do. That going on equals going through is tested in one process.
+    The configs ask for different precisions, so weights are not compared; one process going on is, elsewhere.
     """
     whole = finish(launch(work, work / "whole", "ddp", "--max_steps", "4"), work / "whole")
     process = launch(work, work / "cut", "fsdp", "--max_steps", "4")
