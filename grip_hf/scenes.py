@@ -120,13 +120,13 @@ def joined_rows(scene: Scene) -> tuple[Tensor, Tensor]:
 def started_rows(scene: Scene) -> tuple[Tensor, Tensor]:
     """Views of rows as in `joined_rows`; a whole view, with a start token of its own, begins each picture (Molmo2).
 
-    Without token ids each view counts as a picture.
+    Without token ids each view counts as a picture. Frames have other start tokens: a video counts as one picture.
     """
     view, positions = joined_rows(scene)
     if scene.input_ids is None:
         return view, positions
     start = scene.config.low_res_image_start_token_id
-    return (scene.input_ids.to(scene.visual.device) == start).long().cumsum(1) - 1, positions
+    return ((scene.input_ids.to(scene.visual.device) == start).long().cumsum(1) - 1).clamp(min=0), positions
 
 
 def line(scene: Scene) -> tuple[Tensor, Tensor]:

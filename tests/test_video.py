@@ -153,5 +153,6 @@ def test_half_of_a_video_equals_the_masked_model(family, attention):
     assert_close(family, out.logits[stays], expected[stays])
     assert (out.logits - full)[stays].abs().max() > 1e-2
     assert torch.equal(tokens, uncached) and int(tokens[0, 0]) == int(expected[0, -1].argmax())
+    assert int(seen[0].image_index[seen[0].mask].min()) == 0
     positions = seen[0].positions[seen[0].mask]
     assert bool(((positions >= 0) & (positions <= 1)).all())
