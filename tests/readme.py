@@ -20,11 +20,11 @@ def fenced(language, text=None):
 
 
 def commands(text=None):
-    """Every command line as a list of words: those of bash blocks, and those within sentences that have arguments."""
+    """Every command line as a list of words: those of bash blocks, and those within sentences that have options."""
     text = README.read_text(encoding="utf-8") if text is None else text
     lines = [line for body in fenced("bash", text) for line in body.replace("\\\n", " ").splitlines()]
     spans = [" ".join(span.split()) for span in INLINE.findall(FENCED.sub("", text))]
-    lines += [span for span in spans if span.startswith(PROGRAMS) and " " in span]
+    lines += [span for span in spans if span.startswith(PROGRAMS) and " -" in span]
     words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
     return [each for each in words if each]
 

@@ -46,6 +46,11 @@ def test_every_command_can_be_given(words):
     check(words)
 
 
+def test_every_command_that_is_spoken_of_is_there():
+    spoken = set(re.findall(r"grip-hf ([a-z]+)", TEXT))
+    assert {"demo", "train"} <= spoken <= set(typer.main.get_command(app).commands)
+
+
 @pytest.mark.parametrize(
     "line",
     [
