@@ -13,6 +13,7 @@ On CPUs: `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_grp
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import set_seed
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from grip_hf import GripScorer
@@ -49,12 +50,14 @@ def main(script: GripArguments, args: GRPOConfig, model: ModelConfig) -> None:
         examples = load_rows(script.dataset_name, script.dataset_train_split, script.rows)
     store, budgets = SampleStore(vlm, examples), tuple(script.budgets)
 
+    set_seed(args.seed)  # the trainers set it too, but after the scorer got its weights
     scorer = GripScorer(GripScorerConfig(hidden_size=vlm.hidden_size)).to(vlm.device)
     warmup = Path(args.output_dir) / "warmup"
     if (warmup / "scorer" / "model.safetensors").is_file():
         scorer = GripScorer.from_pretrained(warmup / "scorer").to(vlm.device)
     elif script.warmup_steps_supervised:
-        settings = {"max_steps": script.warmup_steps_supervised, "use_cpu": args.use_cpu, "report_to": args.report_to}
+        settings = {name: getattr(args, name) for name in ("seed", "use_cpu", "report_to")}
+        settings["max_steps"] = script.warmup_steps_supervised
         trainer = WarmupTrainer(scorer, store, training_arguments(str(warmup), **settings), budgets)
         trainer.train(resume_from_checkpoint=last_checkpoint(warmup, vlm.hidden_size))
         if trainer.is_world_process_zero():
