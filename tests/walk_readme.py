@@ -53,6 +53,8 @@ def why_not(words, program, name):
     missing = [word for word in words if word.endswith(".json") and not Path(word).exists()]
     if name == "pareto" and missing:
         return "reads figures that nobody wrote here"
+    if "--pocket-model" in words and not Path(words[words.index("--pocket-model") + 1]).exists():
+        return "reads a model that a script of the source tree writes"
     return None if name in REDUCED or program == "grip-hf" else "another project's program"
 
 
