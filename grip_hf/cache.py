@@ -90,6 +90,7 @@ class PrunedCache:
 
     grip_state: CacheState | None
     grip_inside: bool
+    layers: list[Any]  # the cache's own
 
     def _grip_dropped(self) -> int:
         return 0 if self.grip_inside or self.grip_state is None else self.grip_state.dropped
@@ -98,17 +99,17 @@ class PrunedCache:
         """Number of positions seen: physical inside the language model, logical outside."""
         length = super().get_seq_length(layer_idx)  # type: ignore[misc]
         dropped = self._grip_dropped()
-        return length + dropped if dropped and layer_idx < len(self.layers) else length  # type: ignore[attr-defined]
+        return length + dropped if dropped and layer_idx < len(self.layers) else length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Number and offset of the keys of a layer: physical inside the language model, logical outside."""
         sizes = super().get_mask_sizes  # type: ignore[misc]
         dropped = self._grip_dropped()
-        if not dropped or layer_idx >= len(self.layers):  # type: ignore[attr-defined]
+        if not dropped or layer_idx >= len(self.layers):
             return sizes(query_length, layer_idx)
-        layer = self.layers[layer_idx]  # type: ignore[attr-defined]
+        layer = self.layers[layer_idx]
         if not hasattr(layer, "get_seq_length"):  # a recurrent layer: the first one with keys answers
-            layer = next(one for one in self.layers if hasattr(one, "get_seq_length"))  # type: ignore[attr-defined]
+            layer = next(one for one in self.layers if hasattr(one, "get_seq_length"))
         if getattr(layer, "is_sliding", False):
             # A sliding layer answers from its running length: let it answer for the logical one.
             name = "cumulative_length_int" if hasattr(layer, "cumulative_length_int") else "cumulative_length"

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from asking import ONE, RAGGED, generate, prune
 from matrix import every_family, lacking, refused
 from reference import (
     assert_close,
@@ -13,29 +14,13 @@ from reference import (
     original_positions,
     reference_generate,
 )
-from tiny import EAGER_ONLY, IMAGE, TINY, build, join_pictures, make_inputs, select_by_content
+from tiny import EAGER_ONLY, IMAGE, TINY, build, join_pictures, make_inputs
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grip_hf import apply_grip, remove_grip
+from grip_hf import remove_grip
 from grip_hf.errors import GripError
 
-ONE = [[3, IMAGE, 4]]
-RAGGED = [[3, IMAGE, 4], [2, IMAGE, 2, IMAGE, 3], [5]]
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-def prune(model, **settings):
-    return apply_grip(model, selector=select_by_content, **(settings or {"keep_ratio": 0.5}))
-
-
-def generate(model, inputs, **kwargs):
-    fixed = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
-    return model.generate(**inputs, **{**fixed, **kwargs})
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def assert_same(family, one, other):

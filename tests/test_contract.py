@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from asking import ONE, RAGGED
 from matrix import FAMILIES, UPSTREAM, lacking
 from reference import (
     assert_close,
@@ -22,9 +23,9 @@ from transformers import DynamicCache
 
 from grip_hf import apply_grip, remove_grip
 
-ONE = [[3, IMAGE, 4]]
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 TWO_PICTURES = [[2, IMAGE, 2, IMAGE, 3]]
-RAGGED = [[3, IMAGE, 4], [2, IMAGE, 2, IMAGE, 3], [5]]  # unequal counts and a row without pictures
 RECURRENT = {"lfm2_vl", "qwen3_5"}  # one of a kind, so that their tests are fast ones
 LATER_TURNS = ("test_picture_in_a_second_turn", "test_text_turn_on_the_same_cache")
 _models = {}
@@ -55,12 +56,6 @@ def model(family, attention):
         _models[key] = build(family, attention)
     yield _models[key]
     remove_grip(_models[key])
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 def halve(model, **settings):

@@ -4,37 +4,16 @@ import copy
 
 import pytest
 import torch
+from asking import ONE, RAGGED, generate, prune
 from matrix import KINDS, every_family, lacking
 from reference import assert_close
-from tiny import IMAGE, build, make_inputs, select_by_content
+from tiny import build, make_inputs, select_by_content
 from transformers import StaticCache
 
 from grip_hf import apply_grip, remove_grip
 from grip_hf.cache import PrunedCache
 
-ONE = [[3, IMAGE, 4]]
-RAGGED = [[3, IMAGE, 4], [2, IMAGE, 2, IMAGE, 3], [5]]
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-def prune(model, **settings):
-    return apply_grip(model, selector=select_by_content, **(settings or {"keep_ratio": 0.5}))
-
-
-def generate(model, inputs, **kwargs):
-    kwargs = {
-        "do_sample": False,
-        "max_new_tokens": 6,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-        **kwargs,
-    }
-    return model.generate(**inputs, **kwargs)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def assert_same(family, one, other):

@@ -3,23 +3,15 @@
 import accelerate
 import pytest
 import torch
-from tiny import IMAGE, build, make_inputs, select_by_content
+from asking import RAGGED, prune
+from tiny import build, make_inputs
 from transformers import AutoModelForImageTextToText
 
-from grip_hf import apply_grip, remove_grip
+from grip_hf import remove_grip
 
-RAGGED = [[3, IMAGE, 4], [2, IMAGE, 2, IMAGE, 3], [5]]
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 FAMILIES = ["llava", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llava_next", "qwen2_vl", "smolvlm"))]
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-def prune(model):
-    return apply_grip(model, keep_ratio=0.5, selector=select_by_content)
 
 
 def device_map(model):

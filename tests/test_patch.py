@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from asking import RAGGED
 from reference import held_positions, reference_generate, reference_logits
 from safetensors.torch import load_file
 from tiny import HIDDEN, IMAGE, IMAGE_ID, build, make_inputs, select_by_content
@@ -17,14 +18,9 @@ from grip_hf.errors import CacheError, ConfigError, GripError, NonFiniteScoreErr
 from grip_hf.patch import taps
 from grip_hf.scorer import GripScorerConfig
 
-RAGGED = [[3, IMAGE, 4], [2, IMAGE, 2, IMAGE, 3], [5]]
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

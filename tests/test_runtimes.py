@@ -2,20 +2,11 @@
 
 import pytest
 import torch
-from tiny import IMAGE, TINY, make_inputs, select_by_content
+from asking import prune
+from tiny import IMAGE, TINY, make_inputs
 from transformers import AutoModelForImageTextToText
 
-from grip_hf import apply_grip
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-def prune(model):
-    return apply_grip(model, keep_ratio=0.5, selector=select_by_content)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class Prompts:
         return [torch.equal(row[: len(answer)], answer) for row, answer in zip(written, answers, strict=True)]
 
 
+@runtime_checkable
 class Method(Protocol):
     """A way to use fewer visual tokens."""
 
@@ -105,7 +106,7 @@ class Pruned:
 
 
 class Oracle:
-    """Keeps what the examples themselves say is needed (`columns["evidence"]`): an upper bound, not a method."""
+    """Keeps what the examples themselves say is needed (`columns["evidence"]`): a yardstick, not a method."""
 
     def check(self, model: Any) -> None:
         """Any model will do."""

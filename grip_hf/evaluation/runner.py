@@ -100,7 +100,7 @@ def _several(found: Judged | Sequence[Judged]) -> Sequence[Judged]:
 
 
 def _method(one: Judged) -> Method:
-    return one if hasattr(one, "answers") else Pruned(one)  # type: ignore[return-value]
+    return one if isinstance(one, Method) else Pruned(one)
 
 
 def _judge(prompts: Prompts, methods: Mapping[str, Sequence[Method]], ratios: Sequence[float]) -> Iterable[Verdict]:
