@@ -5,18 +5,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from grip_hf.evaluation.bench_cli import bench
 from grip_hf.evaluation.eval_cli import evaluate
 from grip_hf.evaluation.pareto_cli import pareto
+from grip_hf.evaluation.screen import console, in_folder
 from grip_hf.training.train_cli import train
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-console = Console()
-if not console.is_terminal:
-    console.width = 140  # a file or a log has no width of its own
 
 
 @app.callback()
@@ -40,10 +37,12 @@ def demo(
     keep_ratio: Annotated[float, typer.Option(help="Keep ratio of the table and the picture.")] = 0.11,
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first scene; choose any.")] = 0,
-    picture: Annotated[Path, typer.Option(help="Where to write the picture of the kept tokens.")] = Path(
-        "grip_demo.png"
-    ),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the same as data.")] = None,
+    picture: Annotated[
+        Path, typer.Option(callback=in_folder, help="Where to write the picture of the kept tokens.")
+    ] = Path("grip_demo.png"),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=in_folder, help="Where to write the same as data.")
+    ] = None,
 ) -> None:
     """Watch a real, trained LLaVA answer questions with all of its visual tokens and with a fraction of them."""
     from transformers.utils.logging import disable_progress_bar
@@ -58,8 +57,6 @@ def demo(
     unknown = sorted({*names, show} - set(SELECTORS))
     if unknown:
         raise typer.BadParameter(f"unknown selectors {unknown}; choose from {', '.join(sorted(SELECTORS))}")
-    if not picture.absolute().parent.is_dir():
-        raise typer.BadParameter(f"--picture {picture}: there is no folder {picture.absolute().parent}")
     with console.status("loading") as status:
         result = run_demo(names, ratios, (show, _ratio(str(keep_ratio))), scenes, seed, status.update)
     table = Table(title=f"{show} keeps {keep_ratio:.0%} of the visual tokens")

@@ -28,8 +28,13 @@ def standardize(x: Tensor, mask: Tensor) -> Tensor:
 
 def cosines(tokens: Tensor, norms: Tensor, others: Tensor) -> Tensor:
     """Cosines of tokens [G, N, D], of lengths `norms` [G, N, 1], with others [G, T, D] -> [G, N, T] float32."""
-    lengths = torch.linalg.vector_norm(others, dim=-1, dtype=torch.float32).clamp(min=1e-6)
-    return (tokens @ others.transpose(1, 2)).float() / (norms * lengths[:, None])
+    return (tokens @ others.transpose(1, 2)).float() / (norms * lengths(others).transpose(1, 2))
+
+
+def lengths(x: Tensor) -> Tensor:
+    """Lengths of vectors [..., D] of any float dtype, at least 1e-6: [..., 1] float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)  # half precision would overflow
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).float().clamp(min=1e-6)
 
 
 def hints(tokens: Tensor, norms: Tensor, mask: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:

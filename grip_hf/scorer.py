@@ -17,7 +17,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .blocks import Attention, Mlp, TextBlock, VisualBlock
 from .errors import ScorerError
-from .features import NUM_POSITION_FEATURES, NUM_QUERY_HINTS, NUM_VISUAL_HINTS, hints, position_features, sinusoid
+from .features import (
+    NUM_POSITION_FEATURES,
+    NUM_QUERY_HINTS,
+    NUM_VISUAL_HINTS,
+    hints,
+    lengths,
+    position_features,
+    sinusoid,
+)
 
 BUDGET_WIDTH = 64
 _LOADING_FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -152,7 +160,7 @@ class GripScorer(PreTrainedModel):
         dtype = self.visual.weight.dtype
         tokens = tokens.to(dtype)
         text = None if text is None else text.to(dtype)
-        norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-6)
+        norms = lengths(tokens)
         side = torch.cat([hints(tokens, norms, mask, text, text_mask), position_features(positions.float())], -1)
         x = self.visual(tokens) * (math.sqrt(tokens.shape[-1]) / norms).to(dtype) + self.side(side.to(dtype))
         if text is not None and text_mask is not None:

@@ -214,6 +214,8 @@ def test_command(tmp_path):
     assert wrong.exit_code == 2 and "whole numbers" in wrong.output
     wrong = CliRunner().invoke(app, ["--model", "tiny", "--budgets", "1.5"])
     assert wrong.exit_code == 2 and "1.5" in wrong.output
+    wrong = CliRunner().invoke(app, ["--model", "tiny", "--json", str(tmp_path / "nowhere" / "bench.json")])
+    assert wrong.exit_code == 2 and "there is no folder" in " ".join(wrong.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,14 @@ def test_command(tmp_path):
         ({"rounds": 0}, "rounds must be an integer >= 1, got 0"),
         ({"batch": True}, "batch must be an integer >= 1, got True"),
         ({"dtype": "float"}, None),
-        ({"dtype": "tensor"}, "dtype must be the name of a torch dtype, got 'tensor'"),
+        ({"dtype": "tensor"}, "dtype must be the name of a floating-point torch dtype, got 'tensor'"),
+        ({"dtype": "int8"}, "dtype must be the name of a floating-point torch dtype, got 'int8'"),
+        ({"selectors": []}, "selectors must name at least one"),
+        ({"device": "tpu"}, "device must be 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
+        ({"device": "meta"}, "device must be 'cpu', 'cuda' or 'cuda:N', got 'meta'"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not available here"),
+        ({"attention": "magic"}, "attention 'magic' cannot be used"),
+        ({"attention": "flash_attention_3"}, "attention 'flash_attention_3' cannot be used"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -53,11 +53,11 @@ def test_any_count_any_batch(name):
     assert torch.equal(selector(batch), scores)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", SCORING)
-def test_low_precision_tokens(name):
+def test_tokens_of_any_precision(name, dtype):
     batch = one_group((25,))
-    low = dataclasses.replace(batch, tokens=batch.tokens.bfloat16(), text=batch.text.bfloat16())
-    scores = build(name)(low)
+    scores = build(name)(dataclasses.replace(batch, tokens=batch.tokens.to(dtype), text=batch.text.to(dtype)))
     assert scores.dtype == torch.float32 and scores.isfinite().all()
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .screen import console
+from .screen import console, in_folder
 
 COLUMNS = {
     "selector": ("selector", "{}"),
@@ -46,7 +46,9 @@ def bench(
     dtype: Annotated[str, typer.Option(help="Dtype of the model.")] = "float32",
     attention: Annotated[str, typer.Option(help="Attention implementation of the model.")] = "sdpa",
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and inputs.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the figures as data.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=in_folder, help="Where to write the figures as data.")
+    ] = None,
 ) -> None:
     """Measure time to first token, time per further token, cache and memory, beside the unpruned model and a floor."""
     from ..config import check_keep_ratio, count_kept

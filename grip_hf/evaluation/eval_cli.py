@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from .metrics import MEAN, UNPRUNED, Row
-from .screen import console
+from .screen import console, in_folder
 
 
 def evaluate(
@@ -33,7 +33,9 @@ def evaluate(
     pocket_model: Annotated[
         Path | None, typer.Option(help="Folder of another pocket model than the shipped one.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the table as data.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=in_folder, help="Where to write the table as data.")
+    ] = None,
 ) -> None:
     """Print and write accuracy per task and budget, with 95 % intervals, beside the unpruned model.
 

@@ -68,12 +68,14 @@ def run_bench(
     for name, value in (("rounds", rounds), ("decode_tokens", decode_tokens), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ConfigError(f"dtype must be the name of a torch dtype, got {dtype!r}")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r} is not available here")
+    if not selectors:
+        raise ConfigError("selectors must name at least one selector, got none")
+    precision = getattr(torch, dtype, None)
+    if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
+        raise ConfigError(f"dtype must be the name of a floating-point torch dtype, got {dtype!r}")
+    _check_device(device)
     progress(f"building {model}")
-    built = build_model(shape, device, getattr(torch, dtype), attention, seed)
+    built = build_model(shape, device, precision, attention, seed)
     bench = Bench(built, build_inputs(shape, built, batch, seed), selectors, decode_tokens, seed)
     pruned = [Variant(name, budget) for budget in budgets for name in selectors]
     variants = [Variant(), *(Variant(None, budget) for budget in budgets), *pruned]
@@ -107,6 +109,17 @@ def run_bench(
         "transformers": transformers.__version__,
     }
     return {"setting": setting, "unpruned": _medians(found[1:], Variant()), "rows": rows}
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r} is not available here")
 
 
 def _medians(rounds: list[Round], variant: Variant) -> dict[str, Any]:

@@ -99,7 +99,11 @@ def get_shape(name: str) -> Shape:
 
 
 def build_model(shape: Shape, device: str, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0) -> Any:
-    """Build a model of this shape with random weights, in eval mode."""
+    """Build a model of this shape with random weights, in eval mode.
+
+    Raises:
+        ConfigError: transformers has no such attention, or not for this model or machine.
+    """
     image_token = shape.text["vocab_size"] - 1
     config = AutoConfig.for_model(
         shape.family,
@@ -112,7 +116,10 @@ def build_model(shape: Shape, device: str, dtype: torch.dtype, attention: str = 
     )
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+        try:
+            model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"attention {attention!r} cannot be used: {error}") from error
     return model.eval()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..features import cosines
+from ..features import cosines, lengths
 from ..selection import VisualBatch
 from . import register
 from .base import Selector
@@ -32,7 +32,7 @@ class SimilaritySelector(Selector):
 
     def __call__(self, batch: VisualBatch) -> Tensor:
         """Return scores [G, N] in [-1, 1]."""
-        norms = torch.linalg.vector_norm(batch.tokens, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-6)
+        norms = lengths(batch.tokens)
         words = batch.text_mask[:, None]
         similar = cosines(batch.tokens.float(), norms, batch.text.float())
         if self.pooling == "mean":
