@@ -2,7 +2,7 @@
 
     accelerate launch examples/train_grpo.py \
         --model_name_or_path llava-hf/llava-1.5-7b-hf --load_in_4bit \
-        --dataset_name lmms-lab/VQAv2 --dataset_train_split validation \
+        --dataset_name you/questions --dataset_train_split train \
         --output_dir grip-llava-1.5-7b --warmup_output grip-llava-1.5-7b/warmup \
         --max_steps 2000 --num_generations 8 --per_device_train_batch_size 16 --learning_rate 1e-4
 

@@ -12,7 +12,7 @@ import torch
 from loopback_hub import WRITER, LoopbackHub
 from PIL import Image
 from tiny import HIDDEN, VIDEO_ID, build
-from transformers import AutoProcessor, BatchFeature
+from transformers import AutoProcessor, BatchFeature, LlavaForConditionalGeneration
 
 from grip_hf import GripScorer, apply_grip
 from grip_hf.errors import GripError
@@ -55,6 +55,22 @@ def test_batch_inference(run):
         run("batch_inference", "--samples", 3, "--keep-ratio", 0.25, 0.5)
 
 
+def test_quickstart(run, tmp_path):
+    from grip_hf.pocket.model import WEIGHTS
+
+    scene = make_scene(4)
+    scene.image.save(tmp_path / "scene.png")
+    question = scene.questions[0]
+    out = run(
+        "quickstart", question.text, "--model", "pocket", "--image", tmp_path / "scene.png", "--selector", "grip"
+    )
+    assert out.splitlines() == [f"all visual tokens: {question.answer}", f"36 visual tokens: {question.answer}"]
+    out = run("quickstart", "--model", "pocket", "--keep-ratio", 0.5)
+    assert "\n72 visual tokens: " in out
+    out = run("quickstart", question.text, "--model", WEIGHTS, "--image", tmp_path / "scene.png", "--keep-ratio", 0.5)
+    assert "\n72 visual tokens: " in out  # by the processor's own chat template
+
+
 def test_custom_selector(run):
     out = run("custom_selector", "--keep-ratio", 0.125)
     assert out.count("centre_first keeps 18: ") == out.count("unusual keeps 18: ") == 3
@@ -67,6 +83,8 @@ def test_train_warmup_and_push(run, tmp_path, monkeypatch):
 
     with LoopbackHub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", WRITER)
@@ -76,6 +94,13 @@ def test_train_warmup_and_push(run, tmp_path, monkeypatch):
         assert f"{hub.url}/user/grip/commit/" in out
         card = hub.repos["user/grip"].files()["README.md"].decode()
         assert "here" in card and "license: apache-2.0" in card
+        out = run("push_to_hub", "--scorer", tmp_path, "--model", "pocket", "--repo", "user/whole", "--whole-model")
+        files = set(hub.repos["user/whole"].files())
+        assert 'from_pretrained("user/whole")' in out
+        assert {"model.safetensors", "config.json", "processor_config.json", "grip/model.safetensors"} <= files
+        model = LlavaForConditionalGeneration.from_pretrained("user/whole", cache_dir=tmp_path / "cache")
+        apply_grip(model, cache_dir=tmp_path / "cache")
+        assert model.grip.config.keep_ratio == 0.25
 
 
 @pytest.mark.parametrize("scope", ["sample", "image"])
