@@ -81,13 +81,33 @@ def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
         (["--model", "{model}", "--dataset", "/nowhere"], "cannot load the split"),
         (["--model", "{model}", "--dataset", "{data}", "--eval-examples", "12"], "too few to hold out 12"),
         (["--pocket", "--generations", "1"], "2"),
+        (["--pocket", "--quantize", "4bit"], "go with --model"),
+        (["--model", "{model}", "--dataset", "{data}", "--quantize", "3bit", "--eval-examples", "0"], "must be 4bit or 8bit, got '3bit'"),
+        (["--pocket", "--rate", "-1"], "learning_rate must be a positive number, got -1.0"),
+        (["--pocket", "--warmup-rate", "nan"], "learning_rate must be a positive number, got nan"),
+        (["--pocket", "--temperature", "0"], "temperature must be a positive number, got 0.0"),
+        (["--pocket", "--method", "relaxed", "--temperature", "-1"], "temperature must be a positive number"),
+        (["--pocket", "--beta", "-0.1"], "beta must be a number >= 0, got -0.1"),
+        (["--pocket", "--entropy", "inf"], "entropy_coef must be a number >= 0, got inf"),
+        (["--pocket", "--reward-weights", "1,nan"], "reward_weights must be finite"),
+        (["--pocket", "--rewards", "magic", "--reward-weights", "1"], "rewards must be functions or among"),
+        (["--pocket", "--target", "magic"], "target must be one of"),
+        (["--pocket", "--batch", "10"], "divisible by num_generations"),
+        (["--pocket", "--report-to", "nowhere"], "nowhere is not supported"),
     ],
 )
 def test_bad_arguments(command, model_folder, data_folder, tmp_path, args, message):
     args = [arg.format(model=model_folder, data=data_folder) for arg in args]
     done = command("--output", tmp_path, "--cpu", *args)
     assert done.exit_code == 2 and message in " ".join(done.output.replace("│", " ").split()), done.output
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_an_output_that_is_no_folder(command, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = command("--output", tmp_path / "file", "--pocket", "--cpu", "--eval-examples", "0")
+    assert done.exit_code == 2 and "warmup cannot be set up" in " ".join(done.output.replace("│", " ").split())
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def run_script(args, processes=1, **env):

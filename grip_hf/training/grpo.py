@@ -11,6 +11,7 @@ from trl import GRPOConfig, GRPOTrainer
 from ..config import count_kept
 from ..errors import ConfigError
 from ..scorer import GripScorer
+from .checks import check_settings
 from .policy import PruningPolicy, keep_set_tokenizer
 from .rewards import REWARDS, Reward, checked
 from .rollout import BudgetRange, make_rollout
@@ -29,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "report_to": "none",
 }
+DEFAULT_REWARDS = ("closeness", "correctness")
 # What the mapping of keep-sets to completions relies on.
 FIXED: dict[str, Any] = {
     "bf16": False,  # scores would lose their order
@@ -44,8 +46,9 @@ def grpo_config(output_dir: str, **overrides: Any) -> GRPOConfig:
     """A `GRPOConfig` with defaults that suit keep-sets.
 
     Raises:
-        ConfigError: A setting is one that keep-sets cannot work with, or TRL refuses it.
+        ConfigError: A setting makes no sense, is one that keep-sets cannot work with, or TRL refuses it.
     """
+    check_settings(overrides)
     wrong = {name: overrides[name] for name, value in FIXED.items() if overrides.get(name, value) != value}
     if wrong:
         raise ConfigError(f"training keep-sets needs { ({name: FIXED[name] for name in wrong}) }, got {wrong}")
@@ -55,11 +58,19 @@ def grpo_config(output_dir: str, **overrides: Any) -> GRPOConfig:
         raise ConfigError(f"GRPO cannot be set up like this: {error}") from error
 
 
+def reward_functions(rewards: Sequence[str | Reward]) -> list[Reward]:
+    """The functions that names stand for; raises `ConfigError` if one is unknown, or there are none."""
+    unknown = [one for one in rewards if not callable(one) and one not in REWARDS]
+    if unknown or not rewards:
+        raise ConfigError(f"rewards must be functions or among {sorted(REWARDS)}, got {list(rewards)}")
+    return [REWARDS[one] if isinstance(one, str) else one for one in rewards]
+
+
 def make_grpo_trainer(
     scorer: GripScorer,
     store: SampleStore,
     args: GRPOConfig,
-    rewards: Sequence[str | Reward] = ("closeness", "correctness"),
+    rewards: Sequence[str | Reward] = DEFAULT_REWARDS,
     budgets: BudgetRange | tuple[float, float] = BudgetRange(),  # noqa: B008  (frozen)
     greedy: bool = False,
     num_actions: int | None = None,
@@ -81,9 +92,7 @@ def make_grpo_trainer(
     Raises:
         ConfigError: A reward or a setting is unknown or not allowed.
     """
-    unknown = [name for name in rewards if isinstance(name, str) and name not in REWARDS]
-    if unknown or not rewards:
-        raise ConfigError(f"rewards must be functions or among {sorted(REWARDS)}, got {list(rewards)}")
+    functions = [checked(one) for one in reward_functions(rewards)]
     wrong = {name: getattr(args, name) for name, value in FIXED.items() if getattr(args, name) != value}
     if wrong:
         raise ConfigError(f"training keep-sets needs { ({name: FIXED[name] for name in wrong}) }, got {wrong}")
@@ -97,7 +106,7 @@ def make_grpo_trainer(
     prompts = [[{"role": "user", "content": f"row {row}", "row": row}] for row in range(len(store.examples))]
     trainer = GRPOTrainer(
         model=policy,
-        reward_funcs=cast(Any, [checked(REWARDS[one] if isinstance(one, str) else one) for one in rewards]),
+        reward_funcs=cast(Any, functions),
         args=args,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=keep_set_tokenizer(num_actions),

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
-from ..errors import ConfigError
+from ..errors import ConfigError, GripError
 from ..resolve import describe_base
 from ..scorer import GripScorer, GripScorerConfig
 from .checkpoints import last_checkpoint, save_scorer
-from .grpo import grpo_config, make_grpo_trainer
+from .checks import check_settings
+from .grpo import DEFAULT_REWARDS, grpo_config, make_grpo_trainer, reward_functions
+from .importance import IMPORTANCES
 from .relaxed import RelaxedTrainer
 from .rollout import BudgetRange
 from .store import SampleStore
@@ -43,7 +45,7 @@ class Plan:
         options: Further arguments of `make_grpo_trainer` or `RelaxedTrainer`.
 
     Raises:
-        ConfigError: A value is not allowed.
+        ConfigError: A value is not allowed; those of later stages are looked at too.
     """
 
     output: Path
@@ -66,10 +68,24 @@ class Plan:
             value, least = getattr(self, name), int(name == "save_every")
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
+        if self.target not in IMPORTANCES:
+            raise ConfigError(f"target must be one of {sorted(IMPORTANCES)}, got {self.target!r}")
+        if self.method == "grpo":
+            reward_functions(self.options.get("rewards", DEFAULT_REWARDS))
+        check_settings(self.options)
 
-    def stage_args(self, steps: int) -> dict[str, Any]:
-        """Settings that all stages share."""
-        return {"max_steps": steps, "seed": self.seed, "save_steps": self.save_every, "save_total_limit": 2}
+    def stages(self) -> dict[str, TrainingArguments]:
+        """The stages in their order, with the arguments of their trainers."""
+        shared = {"seed": self.seed, "save_steps": self.save_every, "save_total_limit": 2}
+        stages: dict[str, TrainingArguments] = {}
+        if self.warmup_steps:
+            folder, settings = str(self.output / "warmup"), {**shared, **self.warmup_args}
+            stages["warmup"] = training_arguments(folder, max_steps=self.warmup_steps, **settings)
+        if self.steps and self.method != "warmup":
+            folder, settings = str(self.output / self.method), {**shared, **self.args}
+            make = grpo_config if self.method == "grpo" else training_arguments
+            stages[self.method] = make(folder, max_steps=self.steps, **settings)
+        return stages
 
 
 def train(plan: Plan, store: SampleStore, callbacks: list[Any] | None = None) -> GripScorer:
@@ -80,21 +96,23 @@ def train(plan: Plan, store: SampleStore, callbacks: list[Any] | None = None) ->
 
     Raises:
         CheckpointError: The folder holds the run of another model.
+        ConfigError: transformers or TRL refuses a setting, or the folder cannot be written to.
     """
+    stages = plan.stages()
     set_seed(plan.seed)
     width = store.vlm.hidden_size
     scorer = GripScorer(
         GripScorerConfig(hidden_size=width, base_model=describe_base(store.vlm.parts.owner), **plan.scorer)
     )
     nn.Module.to(scorer, store.vlm.device)
-    if plan.warmup_steps:
-        scorer = _stage(plan, "warmup", scorer, store, callbacks)
-    if plan.steps and plan.method != "warmup":
-        scorer = _stage(plan, plan.method, scorer, store, callbacks)
+    for name, args in stages.items():
+        scorer = _stage(plan, name, args, scorer, store, callbacks)
     return scorer
 
 
-def _stage(plan: Plan, name: str, scorer: GripScorer, store: SampleStore, callbacks: list[Any] | None) -> GripScorer:
+def _stage(
+    plan: Plan, name: str, args: Any, scorer: GripScorer, store: SampleStore, callbacks: list[Any] | None
+) -> GripScorer:
     """Run one stage, or load its result if it was finished before."""
     folder, width = plan.output / name, store.vlm.hidden_size
     finished = folder / "scorer"
@@ -104,7 +122,12 @@ def _stage(plan: Plan, name: str, scorer: GripScorer, store: SampleStore, callba
             nn.Module.to(done, store.vlm.device)
             return done
     checkpoint = last_checkpoint(folder, width)
-    trainer = _trainer(plan, name, scorer, store, callbacks)
+    try:
+        trainer = _trainer(plan, name, args, scorer, store, callbacks)
+    except GripError:
+        raise
+    except (ValueError, RuntimeError, ImportError, OSError) as error:  # a folder, or where metrics should go
+        raise ConfigError(f"{name} cannot be set up like this: {error}") from error
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
         save_scorer(scorer, finished)
@@ -113,15 +136,11 @@ def _stage(plan: Plan, name: str, scorer: GripScorer, store: SampleStore, callba
     return scorer.eval()
 
 
-def _trainer(plan: Plan, name: str, scorer: GripScorer, store: SampleStore, callbacks: list[Any] | None) -> Any:
-    folder = str(plan.output / name)
+def _trainer(
+    plan: Plan, name: str, args: Any, scorer: GripScorer, store: SampleStore, callbacks: list[Any] | None
+) -> Any:
+    shared: dict[str, Any] = {"budgets": plan.budgets, "callbacks": callbacks}
     if name == "warmup":
-        args = training_arguments(folder, **plan.stage_args(plan.warmup_steps), **plan.warmup_args)
-        return WarmupTrainer(scorer, store, args, plan.budgets, target=plan.target, callbacks=callbacks)
-    settings = {**plan.stage_args(plan.steps), **plan.args}
-    if name == "relaxed":
-        args = training_arguments(folder, **settings)
-        return RelaxedTrainer(scorer, store, args, plan.budgets, callbacks=callbacks, **plan.options)
-    return make_grpo_trainer(
-        scorer, store, grpo_config(folder, **settings), budgets=plan.budgets, callbacks=callbacks, **plan.options
-    )
+        return WarmupTrainer(scorer, store, args, target=plan.target, **shared)
+    make: Any = RelaxedTrainer if name == "relaxed" else make_grpo_trainer
+    return make(scorer, store, args, **shared, **plan.options)

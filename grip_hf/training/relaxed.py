@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..selection import topk_mask
+from .checks import check_settings
 from .policy import score
 from .samples import answer_ids
 from .store import compare
@@ -91,9 +92,13 @@ class RelaxedTrainer(StoreTrainer):
         temperature: Of the soft top-k.
         draws: Choices drawn per example and step.
         **kwargs: See `StoreTrainer`.
+
+    Raises:
+        ConfigError: The temperature is not a positive number.
     """
 
     def __init__(self, *args: Any, temperature: float = 1.0, draws: int = 1, **kwargs: Any) -> None:
+        check_settings({"temperature": temperature})
         super().__init__(*args, **kwargs)
         self.temperature, self.draws = temperature, draws
 

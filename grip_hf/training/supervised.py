@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from ..config import count_kept
 from ..errors import ConfigError
 from ..scorer import GripScorer
+from .checks import check_settings
 from .rollout import BudgetRange
 from .store import SampleStore
 
@@ -31,8 +32,9 @@ def training_arguments(output_dir: str, **overrides: Any) -> TrainingArguments:
     """`TrainingArguments` with defaults that suit a small scorer.
 
     Raises:
-        ConfigError: transformers refuses a setting.
+        ConfigError: A setting makes no sense, or transformers refuses it.
     """
+    check_settings(overrides)
     try:
         return TrainingArguments(output_dir=output_dir, **{**DEFAULTS, **overrides, "remove_unused_columns": False})
     except (ValueError, TypeError) as error:

@@ -57,6 +57,8 @@ def train(
 
     if pocket == (model is not None) or (model is None) != (dataset is None):
         raise typer.BadParameter("give either --pocket, or --model and --dataset")
+    if pocket and (quantize or device_map):
+        raise typer.BadParameter("--quantize and --device-map go with --model, not with --pocket")
     low_high = _numbers(budgets, 2, "--budgets")
     names = [name.strip() for name in rewards.split(",") if name.strip()]
     shared: dict[str, Any] = {"report_to": report_to, "use_cpu": cpu}
