@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+import transformers.utils.hub
+from huggingface_hub import constants
+from loopback_hub import WRITER, LoopbackHub
 
 torch.set_num_threads(1)
 
@@ -10,3 +13,19 @@ torch.set_num_threads(1)
 def no_grad():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """An empty Hub; the client's cache is empty and its stored token may write."""
+    with LoopbackHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        yield hub

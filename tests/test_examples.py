@@ -9,7 +9,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-from loopback_hub import WRITER, LoopbackHub
 from PIL import Image
 from tiny import HIDDEN, VIDEO_ID, build
 from transformers import AutoProcessor, BatchFeature, LlavaForConditionalGeneration
@@ -76,31 +75,20 @@ def test_custom_selector(run):
     assert out.count("centre_first keeps 18: ") == out.count("unusual keeps 18: ") == 3
 
 
-def test_train_warmup_and_push(run, tmp_path, monkeypatch):
+def test_train_warmup_and_push(run, tmp_path, hub):
     out = run("train_warmup", "--output", tmp_path, "--steps", 1, "--rows", 8, "--batch-size", 2, "--width", 16)
     assert str(tmp_path / "share") in out and "Warm-up of 1 steps" in (tmp_path / "share" / "README.md").read_text()
-    from huggingface_hub import constants
-
-    with LoopbackHub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        out = run(
-            "push_to_hub", "--scorer", tmp_path, "--model", "pocket", "--repo", "user/grip", "--training", "here"
-        )
-        assert f"{hub.url}/user/grip/commit/" in out
-        card = hub.repos["user/grip"].files()["README.md"].decode()
-        assert "here" in card and "license: apache-2.0" in card
-        out = run("push_to_hub", "--scorer", tmp_path, "--model", "pocket", "--repo", "user/whole", "--whole-model")
-        files = set(hub.repos["user/whole"].files())
-        assert 'from_pretrained("user/whole")' in out
-        assert {"model.safetensors", "config.json", "processor_config.json", "grip/model.safetensors"} <= files
-        model = LlavaForConditionalGeneration.from_pretrained("user/whole", cache_dir=tmp_path / "cache")
-        apply_grip(model, cache_dir=tmp_path / "cache")
-        assert model.grip.config.keep_ratio == 0.25
+    out = run("push_to_hub", "--scorer", tmp_path, "--model", "pocket", "--repo", "user/grip", "--training", "here")
+    assert f"{hub.url}/user/grip/commit/" in out
+    card = hub.repos["user/grip"].files()["README.md"].decode()
+    assert "here" in card and "license: apache-2.0" in card
+    out = run("push_to_hub", "--scorer", tmp_path, "--model", "pocket", "--repo", "user/whole", "--whole-model")
+    assert 'from_pretrained("user/whole")' in out
+    files = set(hub.repos["user/whole"].files())
+    assert {"model.safetensors", "config.json", "processor_config.json", "grip/model.safetensors"} <= files
+    model = LlavaForConditionalGeneration.from_pretrained("user/whole")
+    apply_grip(model)
+    assert model.grip.config.keep_ratio == 0.25
 
 
 @pytest.mark.parametrize("scope", ["sample", "image"])

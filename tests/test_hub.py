@@ -10,10 +10,9 @@ import sys
 import huggingface_hub
 import pytest
 import torch
-import transformers.utils.hub
 import yaml
 from huggingface_hub import ModelCard, constants
-from loopback_hub import READER, WRITER, LoopbackHub, Repo
+from loopback_hub import READER, Repo
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load
@@ -33,22 +32,6 @@ ROWS = [
     {"selector": "grip", "budget": 0.25, "task": "count", "accuracy": 0.75},
     {"selector": "random", "budget": 0.25, "task": "mean", "accuracy": 0.5},
 ]
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """An empty Hub; the client's cache is empty and its stored token may write."""
-    with LoopbackHub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        yield hub
 
 
 @pytest.fixture

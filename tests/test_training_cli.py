@@ -82,7 +82,10 @@ def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
         (["--model", "{model}", "--dataset", "{data}", "--eval-examples", "12"], "too few to hold out 12"),
         (["--pocket", "--generations", "1"], "2"),
         (["--pocket", "--quantize", "4bit"], "go with --model"),
-        (["--model", "{model}", "--dataset", "{data}", "--quantize", "3bit", "--eval-examples", "0"], "must be 4bit or 8bit, got '3bit'"),
+        (
+            ["--model", "{model}", "--dataset", "{data}", "--quantize", "3bit", "--eval-examples", "0"],
+            "must be 4bit or 8bit, got '3bit'",
+        ),
         (["--pocket", "--rate", "-1"], "learning_rate must be a positive number, got -1.0"),
         (["--pocket", "--warmup-rate", "nan"], "learning_rate must be a positive number, got nan"),
         (["--pocket", "--temperature", "0"], "temperature must be a positive number, got 0.0"),

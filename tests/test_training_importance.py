@@ -3,7 +3,12 @@ import torch
 from classroom import TOKENS, build_vlm, make_store, rows
 
 from grip_hf.errors import UnsupportedModelError
-from grip_hf.training.importance import attention_importance, combined_importance, gradient_importance
+from grip_hf.training.importance import (
+    attention_importance,
+    combined_importance,
+    gradient_importance,
+    spread_out,
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +87,24 @@ def test_combined_importance_is_the_mean_of_both_shares(store):
     found = combined_importance(store.vlm, samples)
     assert torch.allclose(found.double(), expected, atol=1e-6)
     assert not torch.allclose(found.argsort(1), both[0].argsort(1))
+
+
+def test_spreading_out_adds_the_greatest_determinant():
+    torch.manual_seed(0)
+    tokens, importance = torch.randn(2, 7, 5), torch.rand(2, 7)
+    mask = torch.ones(2, 7).bool()
+    mask[1, 5:] = False
+    importance[1, 5:] = 0
+    tokens[0, 1] = tokens[0, 0]  # a twin of a token that matters just as much
+    importance[0, :2] = 2.0
+    kept = spread_out(tokens, mask, importance, torch.tensor([4, 3]))
+    assert kept.sum(1).tolist() == [4, 3] and not kept[0, :2].all()
+    for g, count in ((0, 4), (1, 3)):
+        unit = tokens[g].double() / tokens[g].double().norm(dim=-1, keepdim=True)
+        weighed = unit * (importance[g].double() / importance[g].max()).pow(0.25)[:, None]
+        chosen = []
+        for _ in range(count):
+            left = [t for t in range(7) if mask[g, t] and t not in chosen]
+            volumes = {t: float(torch.linalg.det(weighed[[*chosen, t]] @ weighed[[*chosen, t]].T)) for t in left}
+            chosen.append(max(left, key=volumes.__getitem__))
+        assert sorted(chosen) == kept[g].nonzero().flatten().tolist()

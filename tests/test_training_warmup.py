@@ -1,36 +1,51 @@
+import math
+
 import pytest
 import torch
-from classroom import make_scorer, make_store
+from classroom import TOKENS, make_scorer, make_store
 
 from grip_hf.config import ConfigError
+from grip_hf.training.importance import spread_out
 from grip_hf.training.supervised import training_arguments
 from grip_hf.training.warmup import WarmupTrainer, ranking_loss
 
 
 def test_the_ranking_loss_equals_loops():
     torch.manual_seed(0)
-    scores, importance = torch.randn(3, 6), torch.rand(3, 6)
-    mask = torch.ones(3, 6).bool()
+    scores, mask, kept = torch.randn(3, 6), torch.ones(3, 6).bool(), torch.zeros(3, 6).bool()
     mask[1, 4:] = False
-    budgets = torch.tensor([2, 6, 3])  # more than the four real tokens of the second
+    kept[0, [1, 4]] = kept[1, :3] = kept[2] = True  # of the last, nothing is dropped
     total = 0.0
-    for g in range(3):
-        real = [t for t in range(6) if mask[g, t]]
-        ranked = sorted(real, key=lambda t: -float(importance[g, t]))[: int(budgets[g])]
-        shares = torch.tensor([float(importance[g, t]) ** 0.5 for t in ranked])
-        shares = shares / shares.sum()
-        left = list(real)
-        for share, token in zip(shares, ranked, strict=True):
-            total -= float(share * (scores[g, token] - torch.logsumexp(scores[g, left], 0)))
-            left.remove(token)
-    assert float(ranking_loss(scores, mask, importance, budgets)) == pytest.approx(total / 3, abs=1e-5)
+    for g, row in enumerate(kept):
+        dropped = [float(scores[g, t]) for t in range(6) if mask[g, t] and not row[t]]
+        for t in row.nonzero().flatten():
+            mine = math.exp(float(scores[g, t]))
+            total -= math.log(mine / (mine + sum(map(math.exp, dropped)))) / int(row.sum())
+    assert float(ranking_loss(scores, mask, kept)) == pytest.approx(total / 3, abs=1e-5)
 
 
-def test_the_ranking_loss_is_finite_without_any_importance():
-    loss = ranking_loss(
-        torch.zeros(1, 3, requires_grad=True), torch.ones(1, 3).bool(), torch.zeros(1, 3), torch.tensor([2])
-    )
-    assert float(loss.detach()) == 0
+def test_where_nothing_is_dropped_there_is_nothing_to_learn():
+    scores, all_of_them = torch.zeros(1, 3, requires_grad=True), torch.ones(1, 3).bool()
+    loss = ranking_loss(scores, all_of_them, all_of_them)
+    loss.backward()
+    assert float(loss.detach()) == 0 and not scores.grad.any()
+
+
+def test_targets_are_what_the_frozen_model_answers_better_with(tmp_path):
+    store, rows = make_store(24), list(range(24))
+    trainer = WarmupTrainer(make_scorer(), store, training_arguments(str(tmp_path), use_cpu=True))
+    batch = store.visual(rows, torch.tensor([1, 2, 3, 4, 6, 8, 12, 16] * 3))
+    kept, importance = trainer.targets(rows, batch), trainer.importance(rows)
+    spread = spread_out(batch.tokens, batch.mask, importance, batch.budgets)
+    taken = []
+    for i, sample in enumerate(store.samples(rows)):
+        top = torch.zeros(TOKENS).bool()
+        top[importance[i].argsort(descending=True, stable=True)[: batch.budgets[i]]] = True
+        by_kl = sorted((top, spread[i]), key=lambda one: float(store.judge([sample], [one]).kl))
+        assert torch.equal(kept[i], by_kl[0])
+        if not torch.equal(top, spread[i]):
+            taken.append(torch.equal(kept[i], top))
+    assert any(taken) and not all(taken)  # both kinds were among them
 
 
 @pytest.mark.parametrize("target", ["combined", "gradient", "attention"])

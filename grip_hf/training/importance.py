@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
+from ..selection import topk_mask
+from ..selectors.cdpruner import greedy_determinant
 from .features import FrozenVLM
 from .samples import Sample, answer_ids
 
@@ -126,6 +129,26 @@ def _per_sample(values: Tensor, visual: Tensor) -> Tensor:
 
 def _shares(values: Tensor) -> Tensor:
     return values / values.sum(1, keepdim=True).clamp(min=1e-12)
+
+
+def spread_out(tokens: Tensor, mask: Tensor, importance: Tensor, budgets: Tensor) -> Tensor:
+    """Important tokens that differ: the greedy choice of a determinantal point process.
+
+    Its kernel is the tokens' cosine similarity times the fourth root of each importance, so that a token whose like
+    has been picked waits until the other things in the picture have one.
+
+    Args:
+        tokens: [G, N, D] float.
+        mask: [G, N] bool, True at real tokens.
+        importance: [G, N] float >= 0, 0 at padding.
+        budgets: [G] long.
+
+    Returns:
+        [G, N] bool, True at the tokens to keep.
+    """
+    weight = (importance.float() / importance.amax(1, keepdim=True).clamp(min=1e-12)).pow(0.25)
+    features = F.normalize(tokens.float(), dim=-1) * weight[..., None]
+    return topk_mask(greedy_determinant(features, mask, budgets), mask, budgets)
 
 
 IMPORTANCES: dict[str, Importance] = {

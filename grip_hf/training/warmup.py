@@ -1,42 +1,42 @@
-"""Supervised warm-up: rank visual tokens by how much they matter for the frozen model's own answer.
+"""Supervised warm-up: keep the visual tokens that matter most for the frozen model's own answer.
 
-The loss is the likelihood of picking the most important tokens first, under the same Plackett-Luce distribution that
-GRPO samples from, for budgets drawn at random: so the scorer starts as a policy and learns that the budget matters.
+For each example and a budget drawn at random the target is a keep-set: the most important tokens, or important tokens
+that differ from each other, whichever the frozen model answers better with. Importance alone leaves whole objects out
+when all of them matter a little, as in counting.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..selection import log_prob
-from .importance import IMPORTANCES
+from ..selection import VisualBatch, topk_mask
+from .importance import IMPORTANCES, spread_out
 from .policy import score
+from .samples import Sample
 from .supervised import StoreTrainer
 
 
-def ranking_loss(scores: Tensor, mask: Tensor, importance: Tensor, budgets: Tensor) -> Tensor:
-    """Weighted negative log-likelihood of picking tokens by falling importance.
+def ranking_loss(scores: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
+    """Mean negative log-probability that a token to keep is ranked above all that are to be dropped.
+
+    The order within the keep-set is left free: no answer depends on it.
 
     Args:
         scores: [G, N] float.
         mask: [G, N] bool, True at real tokens.
-        importance: [G, N] float >= 0.
-        budgets: [G] long, how many picks count.
+        kept: [G, N] bool, the target, at least one token per row.
 
     Returns:
-        A scalar: each pick's negative log-prob, weighted by its share of the importances' roots within the
-        budget; roots keep the few tokens that matter most from drowning the many that matter together.
+        A scalar, 0 where nothing is dropped.
     """
-    width = int(budgets.max())
-    ranked = importance.masked_fill(~mask, -1).argsort(dim=1, descending=True, stable=True)[:, :width]
-    counted = torch.arange(width, device=scores.device) < torch.minimum(budgets, mask.sum(1))[:, None]
-    weight = importance.gather(1, ranked).clamp(min=0).sqrt().masked_fill(~counted, 0)
-    weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
-    return -(weight * log_prob(scores, mask, ranked.masked_fill(~counted, -1))).sum(1).mean()
+    dropped = scores.masked_fill(kept | ~mask, -torch.inf).logsumexp(1, keepdim=True)
+    return (F.softplus(dropped - scores).masked_fill(~kept, 0).sum(1) / kept.sum(1)).mean()
 
 
 class WarmupTrainer(StoreTrainer):
@@ -69,8 +69,22 @@ class WarmupTrainer(StoreTrainer):
         found = [self._known[row].float() for row in rows]
         return nn.utils.rnn.pad_sequence(found, batch_first=True).to(self.store.vlm.device)
 
+    def targets(self, rows: list[int], batch: VisualBatch) -> Tensor:
+        """[B, N] bool: the keep-set that each row of a batch should learn."""
+        importance, samples = self.importance(rows), self.store.samples(rows)
+        top = topk_mask(importance, batch.mask, batch.budgets)
+        spread = spread_out(batch.tokens, batch.mask, importance, batch.budgets)
+        top_kl, spread_kl = (self.store.judge(samples, cut(kept, samples)).kl for kept in (top, spread))
+        better = spread_kl < top_kl
+        self.report(spread=float(better.float().mean()))
+        return torch.where(better[:, None], spread, top)
+
     def loss(self, scorer: nn.Module, rows: list[int]) -> Tensor:
         """The ranking loss of a batch of rows."""
-        target = self.importance(rows)
         batch = self.store.visual(rows, self.draw_budgets(rows))
-        return ranking_loss(score(scorer, batch), batch.mask, target, batch.budgets)
+        return ranking_loss(score(scorer, batch), batch.mask, self.targets(rows, batch))
+
+
+def cut(kept: Tensor, samples: Sequence[Sample]) -> list[Tensor]:
+    """Keep-sets [B, N] without their padding: [N] each."""
+    return [row[: sample.num_visual] for row, sample in zip(kept, samples, strict=True)]
