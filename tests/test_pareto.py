@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from grip_hf.cli import app
 from grip_hf.errors import ConfigError
-from grip_hf.evaluation.pareto import Point, curve, frontier, join, savings, time_at
+from grip_hf.evaluation.pareto import Point, curve, frontier, join, merge, savings, time_at
 from grip_hf.viz import draw_pareto
 
 RATIOS, TOKENS = (0.5, 0.25, 0.1), 40
@@ -48,6 +48,23 @@ def test_files_are_joined_budget_by_budget():
     assert points[5] == Point("warmup", 0.25, 10, 0.7, 30.0)  # a scorer takes as long as any other
     assert points[9] == Point("downsampling", 0.1, 3, 0.3, 10.0)  # of this run's unpruned time, not of 300 ms
     assert points[-1] == Point("oracle", 0.1, 4, 1, None)
+
+
+def test_files_of_the_same_questions_are_merged():
+    learned, others = judged(grip=(0.9, 0.8, 0.7)), judged(grid=(0.5, 0.4, 0.3), random=(0.3, 0.2, 0.1))
+    others["meta"] = {"model": "pocket", "scorers": []}
+    both, wanted = merge([learned, others]), judged(grip=(0.9, 0.8, 0.7), grid=(0.5, 0.4, 0.3), random=(0.3, 0.2, 0.1))
+    assert both["rows"] == wanted["rows"] and both["meta"]["scorers"] == ["grip", "warmup"]
+    assert merge([wanted])["rows"] == wanted["rows"]
+    other_seed = {**others, "meta": {"model": "pocket", "seed": 7}}
+    for files, message in (
+        ([learned, other_seed], "differ in seed"),
+        ([learned, others, learned], "judges grip at the same budget"),
+        ([learned, timed()], "expected files of"),
+        ([[]], "expected files of"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            merge(files)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +167,25 @@ def test_the_picture_shows_every_curve_twice():
 
 
 def test_the_command_writes_pictures_and_tables(tmp_path):
-    accuracy = judged(grip=(0.9, 0.8, 0.7), grid=(0.5, 0.4, 0.3))
-    files = {"a": accuracy, "b": timed(grip=(0.5, 0.3, 0.2)), "c": timed(grid=(0.4, 0.3, 0.1))}
+    accuracies = judged(grip=(0.9, 0.8, 0.7)), judged(grid=(0.5, 0.4, 0.3))
+    files = {
+        "a": accuracies[0],
+        "a2": accuracies[1],
+        "b": timed(grip=(0.5, 0.3, 0.2)),
+        "c": timed(grid=(0.4, 0.3, 0.1)),
+    }
     for name, data in files.items():
         (tmp_path / name).write_text(json.dumps(data))
-    options = ["--accuracy", tmp_path / "a", "--latency", tmp_path / "b", "--latency", tmp_path / "c"]
+    options = [
+        "--accuracy",
+        tmp_path / "a",
+        "--accuracy",
+        tmp_path / "a2",
+        "--latency",
+        tmp_path / "b",
+        "--latency",
+        tmp_path / "c",
+    ]
     options += ["--output", tmp_path / "v1.0", "--json", tmp_path / "d.json"]
     done = CliRunner().invoke(app, ["pareto", *map(str, options)])
     assert done.exit_code == 0, done.output

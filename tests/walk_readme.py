@@ -22,7 +22,7 @@ REDUCED = {
     "demo": "--scenes 1 --selectors grip,grid --budgets 0.25",
     "train": f"{TRAIN} --cpu",
     "eval": "--examples 9",
-    "bench": "--rounds 1 --decode-tokens 1 --selectors grid",
+    "bench": "--model pocket --rounds 1 --decode-tokens 1",
     "pareto": "",
     "grip_hf.pocket.report": "--scenes 1",
     "grip_hf.pocket.train": "--see-steps 1 --speak-steps 1 --both-steps 1 --batch 2 --eval-scenes 1",

@@ -62,6 +62,30 @@ class Saving:
     rival: str
 
 
+def merge(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several files of `grip-hf eval --json` as one: the same questions, asked with different selectors.
+
+    Raises:
+        ConfigError: The files are of another kind, asked other questions, or both judge the same selector and budget.
+    """
+    try:
+        metas = [one["meta"] for one in files]
+        rows = [{(row["selector"], row["budget"], row["task"]): row for row in one["rows"]} for one in files]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"expected files of `grip-hf eval --json`: no {error}") from error
+    apart = sorted(key for key in ("model", "examples", "seed") if len({meta.get(key) for meta in metas}) > 1)
+    if apart:
+        raise ConfigError(f"the files of `grip-hf eval` differ in {', '.join(apart)}")
+    joined: dict[Any, Any] = {}
+    for one in rows:
+        twice = sorted({key[0] for key in one.keys() & joined.keys()} - {UNPRUNED})
+        if twice:
+            raise ConfigError(f"more than one file of `grip-hf eval` judges {', '.join(twice)} at the same budget")
+        joined |= one
+    trained = dict.fromkeys(name for meta in metas for name in meta.get("scorers", ()))
+    return {"meta": {**metas[0], "scorers": list(trained)}, "rows": list(joined.values())}
+
+
 def join(judged: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> list[Point]:
     """Join `grip-hf eval --json` with `grip-hf bench --json`, budget by budget; the unpruned model comes first.
 

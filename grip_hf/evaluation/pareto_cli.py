@@ -18,7 +18,7 @@ SAVINGS = ("selector", "median saving", "largest saving", "at accuracy, %", "aga
 
 
 def pareto(
-    accuracy: Annotated[Path, typer.Option(help="File of `grip-hf eval --json`.")],
+    accuracy: Annotated[list[Path], typer.Option(help="File of `grip-hf eval --json`; may be given several times.")],
     latency: Annotated[list[Path], typer.Option(help="File of `grip-hf bench --json`; may be given several times.")],
     output: Annotated[
         Path, typer.Option(callback=in_folder, help="Where to write: .png, .svg and .md are added.")
@@ -29,12 +29,12 @@ def pareto(
 ) -> None:
     """Draw accuracy against tokens and time, and tell the time that each method saves at equal accuracy."""
     from ..errors import GripError
-    from .pareto import frontier, join, savings, scorers
+    from .pareto import frontier, join, merge, savings, scorers
 
     try:
         from ..viz import draw_pareto
 
-        judged, timed = _read(accuracy), [_read(file) for file in latency]
+        judged, timed = merge([_read(file) for file in accuracy]), [_read(file) for file in latency]
         points, trained = join(judged, timed), scorers(judged)
         figure = draw_pareto(points, f"TTFT of the shape '{timed[0]['setting']['model']}', ms", trained)
     except (GripError, ImportError) as error:
