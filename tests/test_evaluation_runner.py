@@ -14,9 +14,10 @@ from grip_hf.evaluation.downsampling import downsample
 from grip_hf.evaluation.eval_cli import evaluate as eval_command
 from grip_hf.evaluation.methods import Downsampling, Oracle, Prompts
 from grip_hf.evaluation.runner import evaluate
-from grip_hf.evaluation.tasks import named_selectors, pocket_examples
+from grip_hf.evaluation.tasks import SHIPPED, SHIPPED_FOLDER, named_selectors, pocket_examples, shipped_scorer
 from grip_hf.patch import apply_grip, remove_grip
 from grip_hf.pocket import load_pocket_llava
+from grip_hf.pocket.model import WEIGHTS
 from grip_hf.scorer import ScorerError
 from grip_hf.selectors import SELECTORS, get_selector
 from grip_hf.training.data import DatasetExamples
@@ -196,6 +197,18 @@ def test_selectors_by_name(tmp_path):
         named_selectors(["oracle"], pocket=False)
     with pytest.raises(ScorerError):
         named_selectors([f"mine={tmp_path / 'none'}"])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_scorers_that_come_with_the_package(name):
+    """Each rates the same tokens in its own way, and is small."""
+    folder = WEIGHTS / "grip" if name == "grip" else SHIPPED_FOLDER / name
+    assert (folder / "model.safetensors").stat().st_size < 3e6 and (folder / "grip_config.json").is_file()
+    scorer, (other, *_) = shipped_scorer(name), [shipped_scorer(one) for one in SHIPPED if one != name]
+    assert any(not torch.equal(a, b) for a, b in zip(scorer.parameters(), other.parameters(), strict=True))
+    model, _ = load_pocket_llava()
+    apply_grip(model, scorer if name == "grip" else str(folder))
+    assert model.grip.config.selector == "grip"
 
 
 def test_pocket_examples_ask_every_family_about_unseen_scenes():
