@@ -96,6 +96,7 @@ def test_a_killed_run_of_two_processes_goes_on(work):
     assert code == 0, log
     start, end, again = (load_file(f / "model.safetensors") for f in (whole / "warmup" / "scorer", whole, cut))
     assert again.keys() == end.keys()
+    end.pop("head.2.bias")  # it shifts all scores alike: its gradient is rounding, of which Adam makes whole steps
     for name, value in end.items():
         torch.testing.assert_close(again[name], value, atol=1e-6, rtol=1e-5)
     assert any((start[name] - value).abs().max() > 1e-2 for name, value in end.items())
