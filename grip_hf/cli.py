@@ -10,7 +10,7 @@ from rich.table import Table
 from grip_hf.evaluation.bench_cli import bench
 from grip_hf.evaluation.eval_cli import evaluate
 from grip_hf.evaluation.pareto_cli import pareto
-from grip_hf.evaluation.screen import console, in_folder
+from grip_hf.evaluation.screen import JsonFile, console, in_folder, split_list
 from grip_hf.training.train_cli import train
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -40,9 +40,7 @@ def demo(
     picture: Annotated[
         Path, typer.Option(callback=in_folder, help="Where to write the picture of the kept tokens.")
     ] = Path("grip_demo.png"),
-    json_file: Annotated[
-        Path | None, typer.Option("--json", callback=in_folder, help="Where to write the same as data.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Watch a real, trained LLaVA answer questions with all of its visual tokens and with a fraction of them."""
     from transformers.utils.logging import disable_progress_bar
@@ -52,8 +50,8 @@ def demo(
 
     disable_progress_bar()  # each scorer that is loaded would show one
 
-    names = [name.strip() for name in selectors.split(",") if name.strip()]
-    ratios = [_ratio(text) for text in budgets.split(",") if text.strip()]
+    names = split_list(selectors)
+    ratios = [_ratio(text) for text in split_list(budgets)]
     unknown = sorted({*names, show} - set(SELECTORS))
     if unknown:
         raise typer.BadParameter(f"unknown selectors {unknown}; choose from {', '.join(sorted(SELECTORS))}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from .screen import console, in_folder
+from .screen import JsonFile, console, numbers, split_list
 
 COLUMNS = {
     "selector": ("selector", "{}"),
@@ -46,9 +45,7 @@ def bench(
     dtype: Annotated[str, typer.Option(help="Dtype of the model.")] = "float32",
     attention: Annotated[str, typer.Option(help="Attention implementation of the model.")] = "sdpa",
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and inputs.")] = 0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", callback=in_folder, help="Where to write the figures as data.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure time to first token, time per further token, cache and memory, beside the unpruned model and a floor."""
     from ..config import check_keep_ratio, count_kept
@@ -56,13 +53,13 @@ def bench(
     from .latency import run_bench
     from .shapes import get_shape
 
-    names = [name.strip() for name in selectors.split(",") if name.strip()]
+    names = split_list(selectors)
     try:
         if budgets is None:
             counts = numbers(num_tokens, int, "whole numbers")
         else:
             total = get_shape(model).tokens
-            counts = [count_kept(total, check_keep_ratio(ratio)) for ratio in numbers(budgets, float, "numbers")]
+            counts = [count_kept(total, check_keep_ratio(ratio)) for ratio in numbers(budgets)]
         with console.status("starting") as status:
             result = run_bench(
                 model, names, counts, rounds, decode_tokens, batch, device, dtype, attention, seed, status.update
@@ -76,14 +73,6 @@ def bench(
         "floor: the unpatched language model on the kept embeddings; '/ floor': prefill with all that the patch adds, "
         "without the selector; 'TTFT / floor': against unpruned vision tower + selector + floor"
     )
-
-
-def numbers(text: str, kind: type, wanted: str) -> list[Any]:
-    """The numbers of a list separated by commas."""
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise typer.BadParameter(f"expected {wanted} separated by commas, got {text!r}") from None
 
 
 def as_table(result: dict[str, Any]) -> Table:

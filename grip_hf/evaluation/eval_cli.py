@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from .metrics import MEAN, UNPRUNED, Row
-from .screen import console, in_folder
+from .screen import JsonFile, console, numbers, split_list
 
 
 def evaluate(
@@ -33,9 +33,7 @@ def evaluate(
     pocket_model: Annotated[
         Path | None, typer.Option(help="Folder of another pocket model than the shipped one.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", callback=in_folder, help="Where to write the table as data.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Print and write accuracy per task and budget, with 95 % intervals, beside the unpruned model.
 
@@ -76,19 +74,6 @@ def evaluate(
         meta["scorers"] = [name for name, one in chosen.items() if is_scorer(one)]
         write_table(json_file, result, meta)
         console.print(f"written to {json_file}")
-
-
-def split_list(text: str) -> list[str]:
-    """The parts of a list separated by commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def numbers(text: str) -> list[float]:
-    """The numbers of a list separated by commas."""
-    try:
-        return [float(part) for part in split_list(text)]
-    except ValueError:
-        raise typer.BadParameter(f"expected numbers separated by commas, got {text!r}") from None
 
 
 def show(rows: Sequence[Row]) -> None:

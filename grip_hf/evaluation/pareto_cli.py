@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .screen import console, in_folder
+from .screen import JsonFile, console, in_folder
 
 POINTS = ("selector", "keep", "visual tokens", "accuracy, %", "TTFT, ms", "frontier")
 SAVINGS = ("selector", "median saving", "largest saving", "at accuracy, %", "against", "compared from, %", "to, %")
@@ -23,9 +23,7 @@ def pareto(
     output: Annotated[
         Path, typer.Option(callback=in_folder, help="Where to write: .png, .svg and .md are added.")
     ] = Path("pareto"),
-    json_file: Annotated[
-        Path | None, typer.Option("--json", callback=in_folder, help="Where to write the tables as data.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Draw accuracy against tokens and time, and tell the time that each method saves at equal accuracy."""
     from ..errors import GripError

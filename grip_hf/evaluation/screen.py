@@ -1,6 +1,7 @@
-"""Where the commands print their tables, and write their files."""
+"""What the commands share: where they print their tables and write their files, and lists separated by commas."""
 
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,3 +16,19 @@ def in_folder(file: Path | None) -> Path | None:
     if file is not None and not file.absolute().parent.is_dir():
         raise typer.BadParameter(f"{file}: there is no folder {file.absolute().parent}")
     return file
+
+
+JsonFile = Annotated[Path | None, typer.Option("--json", callback=in_folder, help="Where to write the same as data.")]
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of a list separated by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(text: str, kind: type = float, wanted: str = "numbers") -> list[Any]:
+    """The numbers of a list separated by commas; `wanted` says in the error what they should be."""
+    try:
+        return [kind(part) for part in split_list(text)]
+    except ValueError:
+        raise typer.BadParameter(f"expected {wanted} separated by commas, got {text!r}") from None
