@@ -6,14 +6,16 @@ accelerate launch examples/sft_pruned.py --model_name_or_path llava-hf/llava-1.5
     --load_in_4bit --bf16 True --dtype bfloat16 --keep_ratio 0.25 --learning_rate 2e-4 \\
     --scorer you/grip-llava-1.5-7b --output_dir runs/sft
 
-The dataset has TRL's columns `images`, `prompt` and `completion`. To load the adapters and prune again:
-`model = PeftModel.from_pretrained(model, "runs/sft")`, then `apply_grip(model, "runs/sft/grip")`.
+The dataset has TRL's columns `images`, `prompt` and `completion`. A stopped run goes on with the same command.
+To run it: `model = PeftModel.from_pretrained(model, "runs/sft")`, then `apply_grip(model, "runs/sft/grip")`.
 """
 
 import dataclasses
+from pathlib import Path
 
 import trl
 from datasets import Dataset, load_dataset
+from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from grip_hf import apply_grip
@@ -31,7 +33,7 @@ class GripArguments:
     selector: str = dataclasses.field(default="grip", metadata={"help": "Who chooses; 'grip' needs a scorer."})
     scorer: str | None = dataclasses.field(default=None, metadata={"help": "Folder or Hub id of a scorer."})
     rows: int = dataclasses.field(default=20_000, metadata={"help": "Questions of the pocket dataset."})
-    merge: bool = dataclasses.field(default=False, metadata={"help": "Also write the merged model to `merged`."})
+    merge: bool = dataclasses.field(default=False, metadata={"help": "Also write the model with its adapters merged."})
 
 
 def pocket_rows(rows, seed):
@@ -59,12 +61,16 @@ def main(script_args, training_args, model_args, grip_args):
     trainer = trl.SFTTrainer(
         model, training_args, train_dataset=data, processing_class=processor, peft_config=peft_config
     )
-    trainer.train()
-    trainer.save_model(training_args.output_dir)
-    model.grip.save_pretrained(f"{training_args.output_dir}/grip")
-    if grip_args.merge:
-        for part in (trainer.model.merge_and_unload() if peft_config else trainer.model, processor):
-            part.save_pretrained(f"{training_args.output_dir}/merged")
+    folder = training_args.output_dir
+    trainer.train(resume_from_checkpoint=any(Path(folder).glob("checkpoint-*")) or None)
+    trainer.save_model(folder)
+    if trainer.accelerator.is_main_process:
+        model.grip.save_pretrained(f"{folder}/grip")
+        if grip_args.merge:
+            whole = AutoModelForImageTextToText.from_pretrained(name, dtype=model_args.dtype)
+            whole = PeftModel.from_pretrained(whole, folder).merge_and_unload()
+            for part in (apply_grip(whole, f"{folder}/grip"), processor):
+                part.save_pretrained(f"{folder}/merged")
 
 
 if __name__ == "__main__":

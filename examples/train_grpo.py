@@ -1,13 +1,13 @@
 """Train a GRIP scorer for any supported vision-language model, in the style of TRL's own scripts.
 
-    accelerate launch examples/train_grpo.py \
-        --model_name_or_path llava-hf/llava-1.5-7b-hf --load_in_4bit \
-        --dataset_name you/questions --dataset_train_split train \
-        --output_dir grip-llava-1.5-7b --warmup_output grip-llava-1.5-7b/warmup \
-        --max_steps 2000 --num_generations 8 --per_device_train_batch_size 16 --learning_rate 1e-4
+accelerate launch --config_file examples/accelerate/ddp.yaml examples/train_grpo.py \\
+    --model_name_or_path llava-hf/llava-1.5-7b-hf --load_in_4bit --dataset_name you/questions --max_steps 2000 \\
+    --num_generations 8 --per_device_train_batch_size 16 --learning_rate 1e-4 --output_dir runs/grip-llava-1.5-7b
 
-Columns of the dataset: `image` or `images`, `prompt`, and perhaps `answer`. `--pocket` trains on the pocket testbed.
-On CPUs: `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_grpo.py ... --use_cpu`.
+Columns of the dataset: `image` or `images`, `prompt`, and perhaps `answer`. Beside the scorer, the folder gets that of
+the supervised warm-up, in `warmup`. `--pocket` trains on the pocket testbed. On CPUs:
+
+ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_grpo.py --pocket --use_cpu --output_dir runs/grip
 """
 
 from dataclasses import dataclass, field

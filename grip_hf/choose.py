@@ -67,7 +67,8 @@ def choose(
         return None
     budgets = torch.tensor(wanted, device=visual.device)
     text_groups = group_tokens(text, None)
-    words, word_mask = _per_row(text_groups.pick(scene.embeds), text_groups.mask, text_groups.row, groups.row)
+    texts = text_groups.pick(scene.embeds), text_groups.place, text_groups.mask
+    words, word_index, word_mask = _per_row(*texts, text_groups.row, groups.row)
     batch = VisualBatch(
         tokens=groups.pick(scene.embeds),
         mask=groups.mask,
@@ -77,6 +78,7 @@ def choose(
         positions=groups.pick(positions),
         image_index=groups.pick(image),
         taps={name: groups.pick(spread_taps(tap, visual, name)) for name, tap in taps.items()},
+        text_index=word_index,
     )
     scores = selector(batch)
     if scores is None and getattr(selector, "inside", False):
@@ -90,11 +92,14 @@ def choose(
     return Choice(groups.scatter(keep, visual), embeds)
 
 
-def _per_row(values: Tensor, mask: Tensor, rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Text of the sample of each group; `values` [R, T, D] and `mask` [R, T] belong to the batch rows `rows` [R]."""
+def _per_row(
+    values: Tensor, place: Tensor, mask: Tensor, rows: Tensor, wanted: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Text of the sample of each group: `values` [R, T, D], `place` and `mask` [R, T] are those of `rows` [R]."""
     match = wanted[:, None] == rows[None]
     if not match.numel():  # no sample has text
-        return values.new_zeros(len(wanted), 0, values.shape[-1]), mask.new_zeros(len(wanted), 0)
-    place = match.byte().argmax(1)
+        none = mask.new_zeros(len(wanted), 0)
+        return values.new_zeros(len(wanted), 0, values.shape[-1]), none.long(), none
+    own = match.byte().argmax(1)
     found = match.any(1)
-    return values[place] * found[:, None, None], mask[place] & found[:, None]
+    return values[own] * found[:, None, None], place[own] * found[:, None], mask[own] & found[:, None]

@@ -28,6 +28,8 @@ class VisualBatch:
         positions: [G, N, 2] float, (row, column) of the token within its image, in [0, 1].
         image_index: [G, N] long, which image of the sample the token belongs to.
         taps: extra features per token that the selector asked for, each [G, N, ...].
+        text_index: [G, T] long, where each text token stands in its row of the call, 0 at padding; None where there
+            is no call.
     """
 
     tokens: Tensor
@@ -38,6 +40,7 @@ class VisualBatch:
     positions: Tensor
     image_index: Tensor
     taps: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    text_index: Tensor | None = None
 
 
 def check_finite(scores: Tensor, mask: Tensor) -> None:

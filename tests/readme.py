@@ -1,5 +1,6 @@
-"""What the README tells people to type: its Python snippets, and every command line in it."""
+"""What the README and the examples tell people to type: Python snippets, and every command line."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -27,6 +28,20 @@ def commands(text=None):
     lines += [span for span in spans if span.startswith(PROGRAMS) and " -" in span]
     words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
     return [each for each in words if each]
+
+
+def commands_of_examples():
+    """The command lines in the docstrings of the examples."""
+    texts = [ast.get_docstring(ast.parse(path.read_text())) for path in sorted((ROOT / "examples").glob("*.py"))]
+    command = re.compile(rf"(?:\w+=\S+ )*\b(?:{'|'.join(PROGRAMS)}) .*")
+    lines = [line for text in texts for line in command.findall(text.replace("\\\n", " "))]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def code_of(path):
+    """A script without its docstring, which may speak of anything."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return "\n".join(ast.unparse(part) for part in tree.body[1:])
 
 
 def without_settings(words):

@@ -62,16 +62,17 @@ def masked_run(model, inputs, gone):
     return output
 
 
-def who_ranks(model, inputs, name):
-    """Per row the positions whose attention ranks: the last one, or the raters of SparseVLM in plain loops."""
+def who_ranks(model, inputs, name, answer):
+    """Per row the positions whose attention ranks: the last of the prompt, or SparseVLM's raters in plain loops."""
     if name != "sparsevlm":
-        return [[-1]] * len(inputs["input_ids"])
+        return [[-1 - answer]] * len(inputs["input_ids"])
     with torch.no_grad():
         pictures = model.model.get_image_features(inputs["pixel_values"]).pooler_output
         tokens, found = iter(torch.cat(list(pictures))), []
         for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
             seen = [next(tokens) for token in ids if token == tiny.IMAGE_ID]
-            places = [i for i, token in enumerate(ids) if mask[i] and token != tiny.IMAGE_ID]
+            prompt = range(len(ids) - answer)
+            places = [i for i in prompt if mask[i] and ids[i] != tiny.IMAGE_ID]
             words = [model.get_input_embeddings()(torch.tensor(ids[i])) for i in places]
             drawn = [0.0] * len(words)
             for token in seen:
@@ -82,11 +83,14 @@ def who_ranks(model, inputs, name):
     return found
 
 
-def reference(model, inputs, name, budgets):
-    """Dropped tokens per layer, found by ranking with the attention maps of the unpatched eager model."""
+def reference(model, inputs, name, budgets, answer=0):
+    """Dropped tokens per layer, found by ranking with the attention maps of the unpatched eager model.
+
+    The last `answer` tokens of each row are no part of the prompt.
+    """
     _, stages, left = METHODS[name]
     visual, gone = inputs["input_ids"] == tiny.IMAGE_ID, {}
-    asking = who_ranks(model, inputs, name)
+    asking = who_ranks(model, inputs, name, answer)
     for stage, (rank, drop) in enumerate(stages):
         maps = masked_run(model, inputs, gone).attentions[rank]
         scores = torch.stack([one[:, places].mean((0, 1)) for one, places in zip(maps, asking, strict=True)])
@@ -145,6 +149,45 @@ def test_cached_decoding_sees_the_same_tokens(name, attention, settings):
     beams = model.generate(**inputs, max_new_tokens=3, num_beams=3, eos_token_id=None)
     again = model.generate(**inputs, max_new_tokens=3, num_beams=3, eos_token_id=None)
     assert torch.equal(beams, again)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_answer_does_not_rank(name, padded):
+    """In training the call holds the answer too: what is dropped must be what generation drops."""
+    plain, inputs = build(), tiny.make_inputs("llava", PROMPTS)
+    answer = 3
+    more = torch.tensor([[7, 8, 2], [9, 6, 2]])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
+    inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, answer), value=1)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -answer:] = more
+    gone = reference(plain, inputs, name, [4, 8], answer)
+    other = reference(plain, inputs, name, [4, 8])
+    assert any(not torch.equal(gone[first], other[first]) for first in gone)
+    expected = masked_run(plain, inputs, gone).logits
+    stays = inputs["attention_mask"].bool()
+    for dropped in gone.values():
+        stays &= ~dropped
+    if padded:  # as trainers pad, on the right
+        inputs |= {name: torch.nn.functional.pad(inputs[name], (0, 2)) for name in ("input_ids", "attention_mask")}
+        labels = torch.nn.functional.pad(labels, (0, 2), value=-100)
+    model = build("sdpa")
+    apply_grip(model, selector=name, selector_kwargs=METHODS[name][0], keep_ratio=0.25)
+    with torch.no_grad():
+        found = model(**inputs, labels=labels).logits[:, : stays.shape[1]]
+    torch.testing.assert_close(found[stays], expected[stays], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_decoding_without_a_cache_drops_the_same(name):
+    model, inputs = build("sdpa"), tiny.make_inputs("llava", PROMPTS)
+    apply_grip(model, selector=name, selector_kwargs=METHODS[name][0], keep_ratio=0.25)
+    options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    cached = model.generate(**inputs, **options, eos_token_id=None)
+    whole = model.generate(**inputs, **options, eos_token_id=None, use_cache=False)
+    assert torch.equal(cached.sequences, whole.sequences)
+    torch.testing.assert_close(torch.stack(whole.logits), torch.stack(cached.logits), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,10 +13,11 @@ from classroom import build_vlm, rows
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from grip_hf.pocket.model import WEIGHTS
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = EXAMPLES / "accelerate"
-SCRIPT = EXAMPLES / "train_grpo.py"
-KILLED = Path(__file__).parent / "killed.py"
+KILLED, CPU_FSDP = (Path(__file__).parent / f"{name}.py" for name in ("killed", "cpu_fsdp"))
 
 
 def parse(name):
@@ -64,17 +65,28 @@ def work(tmp_path_factory):
     return folder
 
 
-def launch(work, output, *before):
-    """Train in two processes; on a machine without GPUs accelerate takes gloo. Gives the exit code and the log."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "ddp.yaml"]
-    command += ["--main_process_port", "0", *before, SCRIPT, "--model_name_or_path", work / "model"]
-    command += ["--dataset_name", work / "data", "--output_dir", output, "--use_cpu", "--bf16", "False"]
-    command += ["--num_generations", "4", "--per_device_train_batch_size", "4", "--warmup_steps_supervised", "1"]
-    command += ["--learning_rate", "1e-2", "--warmup_steps", "0", "--save_steps", "2", "--max_steps", "5"]
+def launch(config, *script):
+    """Run in two processes; on a machine without GPUs accelerate takes gloo. Gives the exit code and the log."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml"]
+    command += ["--main_process_port", "0", "--mixed_precision", "no", *script, "--use_cpu", "--bf16", "False"]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     env |= {"PYTHONPATH": str(EXAMPLES.parent), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=900)
-    return done.returncode, (done.stdout + done.stderr)[-3000:]
+    return done.returncode, done.stdout + done.stderr
+
+
+def train_scorer(work, output, *before, config="ddp"):
+    script = [*before, EXAMPLES / "train_grpo.py", "--model_name_or_path", work / "model", "--output_dir", output]
+    script += ["--dataset_name", work / "data", "--num_generations", "4", "--per_device_train_batch_size", "4"]
+    script += ["--learning_rate", "1e-2", "--warmup_steps", "0", "--save_steps", "2", "--max_steps", "5"]
+    return launch(config, *script, "--warmup_steps_supervised", "1")
+
+
+def fine_tune(config, output, *before):
+    script = [*before, EXAMPLES / "sft_pruned.py", "--selector", "grip", "--keep_ratio", "0.11", "--merge"]
+    script += ["--rows", "16", "--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
+    script += ["--learning_rate", "1e-2", "--gradient_checkpointing", "False", "--lora_dropout", "0"]
+    return launch(config, *script, "--save_strategy", "no", "--output_dir", output)
 
 
 @pytest.mark.slow
@@ -86,13 +98,13 @@ def test_a_killed_run_of_two_processes_goes_on(work):
     sampler repeats the order of the first.
     """
     whole, cut = work / "whole", work / "cut"
-    code, log = launch(work, whole)
+    code, log = train_scorer(work, whole)
     assert code == 0, log
-    code, log = launch(work, cut, KILLED, "3")
+    code, log = train_scorer(work, cut, KILLED, "3")
     assert code != 0 and "SIGKILL" in log, log
     assert [path.name for path in cut.glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (cut / "model.safetensors").exists()
-    code, log = launch(work, cut)
+    code, log = train_scorer(work, cut)
     assert code == 0, log
     start, end, again = (load_file(f / "model.safetensors") for f in (whole / "warmup" / "scorer", whole, cut))
     assert again.keys() == end.keys()
@@ -100,3 +112,28 @@ def test_a_killed_run_of_two_processes_goes_on(work):
     for name, value in end.items():
         torch.testing.assert_close(again[name], value, atol=1e-6, rtol=1e-5)
     assert any((start[name] - value).abs().max() > 1e-2 for name, value in end.items())
+
+
+@pytest.mark.slow
+def test_shards_learn_what_copies_learn(tmp_path):
+    """accelerate's own FSDP, on gloo, fine-tunes a pruned model as DDP does, and writes it whole."""
+    code, log = fine_tune("ddp", tmp_path / "copies")
+    assert code == 0 and "sharded" not in log, log
+    code, log = fine_tune("fsdp", tmp_path / "shards", CPU_FSDP)
+    assert code == 0 and log.count("sharded: True") == 2 and "sharded: False" not in log, log
+    for name in ("adapter_model.safetensors", "merged/model.safetensors"):
+        copies, shards = (load_file(tmp_path / kind / name) for kind in ("copies", "shards"))
+        assert copies.keys() == shards.keys()
+        for key, value in copies.items():
+            torch.testing.assert_close(shards[key], value, atol=1e-5, rtol=1e-4)
+    before = load_file(WEIGHTS / "model.safetensors")
+    merged = load_file(tmp_path / "shards" / "merged" / "model.safetensors")
+    moved = [name for name in merged if (merged[name].float() - before[name].float()).abs().max() > 1e-3]
+    assert moved and all("language_model" in name for name in moved)
+
+
+@pytest.mark.slow
+def test_a_scorer_is_not_shared_out(work, tmp_path):
+    code, log = train_scorer(work, tmp_path, CPU_FSDP, config="fsdp")
+    assert code != 0 and "as a whole copy in each process" in log, log
+    assert not list(tmp_path.rglob("*.safetensors"))

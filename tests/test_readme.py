@@ -7,7 +7,17 @@ from importlib.metadata import metadata
 
 import pytest
 import typer
-from readme import README, ROOT, commands, fenced, module_and_arguments, parse, without_settings
+from readme import (
+    README,
+    ROOT,
+    code_of,
+    commands,
+    commands_of_examples,
+    fenced,
+    module_and_arguments,
+    parse,
+    without_settings,
+)
 from trl import GRPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from grip_hf.architectures import FAMILIES
@@ -36,7 +46,7 @@ def check(words):
         assert rest[0] == "install" and asked <= set(metadata("grip-hf").get_all("Provides-Extra"))
     elif program in ("python", "torchrun", "accelerate") and scripts:
         assert (ROOT / scripts[0]).is_file(), f"no {scripts[0]}"
-        said = (ROOT / scripts[0]).read_text(encoding="utf-8")
+        said = code_of(ROOT / scripts[0])
         own = [word[2:] for word in rest[rest.index(scripts[0]) :] if word.startswith("--")]
         known = {field.name for one in TRL_CONFIGS for field in fields(one)} if "TrlParser" in said else set()
         missing = [name for name in own if name not in said and name not in known]
@@ -45,7 +55,7 @@ def check(words):
         assert program == "pytest" or (module or program) in FOREIGN, f"nothing checks {words}"
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+@pytest.mark.parametrize("words", commands() + commands_of_examples(), ids=" ".join)
 def test_every_command_can_be_given(words):
     check(words)
 

@@ -6,10 +6,11 @@ import pathlib
 import peft
 import pytest
 import torch
+import transformers
 import trl
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments
 
 from grip_hf import apply_grip
 from grip_hf.pocket import load_pocket_llava
@@ -107,9 +108,9 @@ def test_trl_and_the_plain_trainer_agree_step_by_step(tmp_path, example):
     assert min(lengths) > 144 and full[0] != pytest.approx(plain[0], rel=1e-2)
 
 
-def train(example, folder, rows=8, grip=(), **model):
-    args = trl.SFTConfig(str(folder), seed=7, **SETTINGS)
-    chosen = example.GripArguments(keep_ratio=0.11, rows=rows, **dict(grip))
+def train(example, folder, rows=8, grip=(), settings=(), **model):
+    args = trl.SFTConfig(str(folder), seed=7, **{**SETTINGS, **dict(settings)})
+    chosen = example.GripArguments(keep_ratio=0.11, rows=rows, **{"selector": "random", **dict(grip)})
     pocket = trl.ModelConfig(model_name_or_path="pocket", use_peft=True, lora_r=4, **model)
     example.main(trl.ScriptArguments(dataset_name="pocket"), args, pocket, chosen)
 
@@ -139,6 +140,27 @@ def test_adapters_and_pruning_come_back(tmp_path, example):
     assert kept == 16
     untrained, _ = answer_logits(apply_grip(load_pocket_llava()[0], tmp_path / "grip"))
     assert (untrained - before).abs().max() > 0.1
+
+
+class Stop(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == STEPS - 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_with_the_same_command(tmp_path, example, monkeypatch):
+    settings = {"save_strategy": "steps", "save_steps": STEPS // 2}
+    train(example, tmp_path / "whole", settings=settings)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, Stop])
+        train(example, tmp_path / "cut", settings=settings)
+    assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    train(example, tmp_path / "cut", settings=settings)
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    halfway = load_file(tmp_path / "cut" / f"checkpoint-{STEPS // 2}" / "adapter_model.safetensors")
+    assert all(torch.equal(cut[name], value) for name, value in whole.items())
+    assert not all(torch.equal(halfway[name], value) for name, value in whole.items())
 
 
 @pytest.mark.slow

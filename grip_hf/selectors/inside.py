@@ -34,6 +34,7 @@ class Run:
     Attributes:
         visual: [B, L] bool, the visual tokens.
         real: [B, L] bool, False at padding.
+        prompt: [B, L] bool, the real tokens but for those of an answer, which the call has in training.
         budgets: [B] long, tokens that stay in the end; None if all stay.
         asking: [B, L] bool, the tokens whose attention ranks.
         plan: What is left at the layer at hand; None if nothing was dropped yet.
@@ -42,6 +43,7 @@ class Run:
 
     visual: Tensor
     real: Tensor
+    prompt: Tensor
     budgets: Tensor | None = None
     asking: Tensor | None = None
     plan: Plan | None = None
@@ -56,8 +58,7 @@ class InsideSelector(Selector):
     """Drops tokens inside the language model. A subclass says where, and how many are left.
 
     The budget is what is left in the end; earlier layers see more, so that at equal budget these methods compute more
-    than one that drops tokens before the language model. `kept_tokens` tells what the first layer has: all tokens. The
-    last token of a call that holds the answer too, as in training, is the answer's.
+    than one that drops tokens before the language model. `kept_tokens` tells what the first layer has: all tokens.
     """
 
     inside = True
@@ -71,9 +72,9 @@ class InsideSelector(Selector):
         """Tokens [B] left of `totals` [B] after drop number `stage` of `stages`."""
 
     def asking(self, batch: VisualBatch, run: Run) -> Tensor:
-        """[B, L] bool: the tokens whose attention ranks the visual ones: the last one of each row."""
-        last = run.real.shape[1] - 1 - run.real.flip(1).byte().argmax(1, keepdim=True)
-        return torch.zeros_like(run.real).scatter(1, last, True)
+        """[B, L] bool: the tokens whose attention ranks the visual ones: the last one of each row's prompt."""
+        last = run.prompt.shape[1] - 1 - run.prompt.flip(1).byte().argmax(1, keepdim=True)
+        return torch.zeros_like(run.prompt).scatter(1, last, True)
 
     def prepare(self, model: PreTrainedModel) -> list[RemovableHandle]:
         """Hook the decoder layers.
@@ -111,6 +112,9 @@ class InsideSelector(Selector):
         if int(rows.sum()) != len(batch.budgets):
             raise ConfigError(f"selector {self.name!r} shares its budget over a sample: use scope='sample'")
         run.budgets = run.visual.sum(1).index_put((rows.nonzero().flatten(),), batch.budgets)
+        asked = torch.zeros_like(run.prompt)
+        asked[rows] = on_the_call(batch, batch.text_mask, run.visual.shape[1])
+        run.prompt = run.prompt & (run.visual | asked | ~rows[:, None])
         run.asking = self.asking(batch, run)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -124,7 +128,7 @@ class InsideSelector(Selector):
         if isinstance(mask, Tensor) and mask.ndim != 2:
             raise GripError(f"selector {self.name!r} needs a 2-D attention mask, got {tuple(mask.shape)}")
         real = torch.ones_like(visual) if mask is None else mask[:, -ids.shape[1] :].bool()
-        _runs.__dict__[str(id(self))] = Run(visual & real, real)
+        _runs.__dict__[str(id(self))] = Run(visual & real, real, real)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         _runs.__dict__.pop(str(id(self)), None)
@@ -178,6 +182,15 @@ class InsideSelector(Selector):
             return None
         source = source_slots(run.plan)
         return (expand(output[0], source), *output[1:]) if isinstance(output, tuple) else expand(output, source)
+
+
+def on_the_call(batch: VisualBatch, chosen: Tensor, length: int) -> Tensor:
+    """[G, length] bool: where those text tokens stand that `chosen` [G, T] bool marks."""
+    assert batch.text_index is not None
+    where = torch.zeros(len(chosen), length, dtype=torch.bool, device=chosen.device)
+    group, word = chosen.nonzero(as_tuple=True)
+    where[group, batch.text_index[group, word]] = True
+    return where
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..selection import VisualBatch
 from . import register
-from .inside import Run
+from .inside import Run, on_the_call
 from .pyramiddrop import PyramidDropSelector
 
 
@@ -36,18 +36,9 @@ class SparseVLMSelector(PyramidDropSelector):
         return [(layer, layer + 1) for layer in ranking]
 
     def asking(self, batch: VisualBatch, run: Run) -> Tensor:
-        """The raters; the last token in rows without words.
-
-        What follows the prompt, as an answer does in training, does not rate.
-        """
-        text = run.real & ~run.visual
-        number = text.cumsum(1) - 1
-        rows = run.visual.any(1)
-        chosen = torch.zeros_like(text)
-        width = batch.text.shape[1]
-        if width:
-            is_rater = raters(batch).gather(1, number[rows].clamp(0, width - 1))
-            chosen[rows] = text[rows] & (number[rows] < width) & is_rater
+        """The raters; the last token in rows without words."""
+        chosen = torch.zeros_like(run.prompt)
+        chosen[run.visual.any(1)] = on_the_call(batch, raters(batch), run.prompt.shape[1])
         return torch.where(chosen.any(1, keepdim=True), chosen, super().asking(batch, run))
 
 

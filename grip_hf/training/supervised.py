@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from ..config import count_kept
 from ..errors import ConfigError
 from ..scorer import GripScorer
-from .checks import check_settings
+from .checks import check_settings, check_whole
 from .rollout import BudgetRange
 from .store import SampleStore
 
@@ -65,6 +65,9 @@ class StoreTrainer(Trainer):
         args: From `training_arguments`.
         budgets: Keep ratios to draw from, one per example and step.
         **kwargs: Further arguments of `Trainer`.
+
+    Raises:
+        ConfigError: The launch would share out the scorer's weights.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class StoreTrainer(Trainer):
         budgets: BudgetRange | tuple[float, float] = BudgetRange(),  # noqa: B008  (frozen)
         **kwargs: Any,
     ) -> None:
+        check_whole(args)
         self.store = store
         self.budgets = budgets if isinstance(budgets, BudgetRange) else BudgetRange(*budgets)
         self.reports: dict[str, list[float]] = {}
