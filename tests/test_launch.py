@@ -17,7 +17,7 @@ from grip_hf.pocket.model import WEIGHTS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = EXAMPLES / "accelerate"
-KILLED, CPU_FSDP = (Path(__file__).parent / f"{name}.py" for name in ("killed", "cpu_fsdp"))
+KILLED, AS_GPUS = (Path(__file__).parent / f"{name}.py" for name in ("killed", "as_gpus"))
 
 
 def parse(name):
@@ -47,7 +47,6 @@ def test_the_config_for_shards(monkeypatch):
 
 
 def test_the_config_for_deepspeed():
-    """DeepSpeed itself needs a GPU to run; what accelerate hands to it is checked."""
     args = parse("deepspeed")
     assert args.use_deepspeed and args.zero_stage == 2
     env = prepare_deepspeed_cmd_env(args)[1]
@@ -65,28 +64,38 @@ def work(tmp_path_factory):
     return folder
 
 
-def launch(config, *script):
+def launch(config, *script, env=()):
     """Run in two processes; on a machine without GPUs accelerate takes gloo. Gives the exit code and the log."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml"]
-    command += ["--main_process_port", "0", "--mixed_precision", "no", *script, "--use_cpu", "--bf16", "False"]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    command += ["--main_process_port", "0", *script, "--bf16", "False"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", **dict(env)}
     env |= {"PYTHONPATH": str(EXAMPLES.parent), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=900)
     return done.returncode, done.stdout + done.stderr
 
 
-def train_scorer(work, output, *before, config="ddp"):
-    script = [*before, EXAMPLES / "train_grpo.py", "--model_name_or_path", work / "model", "--output_dir", output]
+def copies(*script):
+    return launch("ddp", *script, "--use_cpu", env={"ACCELERATE_USE_CPU": "true"})
+
+
+def shards(config, *script):
+    return launch(config, AS_GPUS, *script, env={"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"})
+
+
+def training(work, output):
+    """The script that trains a scorer, and its arguments."""
+    script = [EXAMPLES / "train_grpo.py", "--model_name_or_path", work / "model", "--output_dir", output]
     script += ["--dataset_name", work / "data", "--num_generations", "4", "--per_device_train_batch_size", "4"]
     script += ["--learning_rate", "1e-2", "--warmup_steps", "0", "--save_steps", "2", "--max_steps", "5"]
-    return launch(config, *script, "--warmup_steps_supervised", "1")
+    return [*script, "--warmup_steps_supervised", "1"]
 
 
-def fine_tune(config, output, *before):
-    script = [*before, EXAMPLES / "sft_pruned.py", "--selector", "grip", "--keep_ratio", "0.11", "--merge"]
-    script += ["--rows", "16", "--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
-    script += ["--learning_rate", "1e-2", "--gradient_checkpointing", "False", "--lora_dropout", "0"]
-    return launch(config, *script, "--save_strategy", "no", "--output_dir", output)
+def fine_tuning(output):
+    """The script that fine-tunes a pruned model, and its arguments."""
+    script = [EXAMPLES / "sft_pruned.py", "--selector", "grip", "--keep_ratio", "0.11", "--merge", "--rows", "16"]
+    script += ["--max_steps", "2", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2"]
+    script += ["--gradient_checkpointing", "False", "--lora_dropout", "0", "--save_strategy", "no"]
+    return [*script, "--output_dir", output]
 
 
 @pytest.mark.slow
@@ -98,13 +107,13 @@ def test_a_killed_run_of_two_processes_goes_on(work):
     sampler repeats the order of the first.
     """
     whole, cut = work / "whole", work / "cut"
-    code, log = train_scorer(work, whole)
+    code, log = copies(*training(work, whole))
     assert code == 0, log
-    code, log = train_scorer(work, cut, KILLED, "3")
+    code, log = copies(KILLED, "3", *training(work, cut))
     assert code != 0 and "SIGKILL" in log, log
     assert [path.name for path in cut.glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (cut / "model.safetensors").exists()
-    code, log = train_scorer(work, cut)
+    code, log = copies(*training(work, cut))
     assert code == 0, log
     start, end, again = (load_file(f / "model.safetensors") for f in (whole / "warmup" / "scorer", whole, cut))
     assert again.keys() == end.keys()
@@ -114,26 +123,40 @@ def test_a_killed_run_of_two_processes_goes_on(work):
     assert any((start[name] - value).abs().max() > 1e-2 for name, value in end.items())
 
 
+@pytest.fixture(scope="module")
+def tuned_by_copies(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copies")
+    code, log = copies(*fine_tuning(folder))
+    assert code == 0, log
+    return folder
+
+
 @pytest.mark.slow
-def test_shards_learn_what_copies_learn(tmp_path):
-    """accelerate's own FSDP, on gloo, fine-tunes a pruned model as DDP does, and writes it whole."""
-    code, log = fine_tune("ddp", tmp_path / "copies")
-    assert code == 0 and "sharded" not in log, log
-    code, log = fine_tune("fsdp", tmp_path / "shards", CPU_FSDP)
-    assert code == 0 and log.count("sharded: True") == 2 and "sharded: False" not in log, log
+@pytest.mark.parametrize(
+    ("config", "prepared"),
+    [("fsdp", "FSDPPeftModelForCausalLM with DTensor"), ("deepspeed", "DeepSpeedEngine with Tensor")],
+)
+def test_shards_learn_what_copies_learn(tmp_path, tuned_by_copies, config, prepared):
+    """FSDP and DeepSpeed, as accelerate sets them up, fine-tune a pruned model as DDP does, and write it whole."""
+    if config == "deepspeed":
+        pytest.importorskip("deepspeed")
+    code, log = shards(config, *fine_tuning(tmp_path))
+    assert code == 0 and log.count(f"prepared {prepared}\n") == 2, log
     for name in ("adapter_model.safetensors", "merged/model.safetensors"):
-        copies, shards = (load_file(tmp_path / kind / name) for kind in ("copies", "shards"))
-        assert copies.keys() == shards.keys()
-        for key, value in copies.items():
-            torch.testing.assert_close(shards[key], value, atol=1e-5, rtol=1e-4)
+        expected, found = load_file(tuned_by_copies / name), load_file(tmp_path / name)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)
     before = load_file(WEIGHTS / "model.safetensors")
-    merged = load_file(tmp_path / "shards" / "merged" / "model.safetensors")
-    moved = [name for name in merged if (merged[name].float() - before[name].float()).abs().max() > 1e-3]
+    moved = [name for name in found if (found[name].float() - before[name].float()).abs().max() > 1e-3]
     assert moved and all("language_model" in name for name in moved)
 
 
 @pytest.mark.slow
-def test_a_scorer_is_not_shared_out(work, tmp_path):
-    code, log = train_scorer(work, tmp_path, CPU_FSDP, config="fsdp")
-    assert code != 0 and "as a whole copy in each process" in log, log
+@pytest.mark.parametrize("config", ["fsdp", "deepspeed"])
+def test_a_scorer_is_trained_in_copies(work, tmp_path, config):
+    if config == "deepspeed":
+        pytest.importorskip("deepspeed")
+    code, log = shards(config, *training(work, tmp_path))
+    assert code != 0 and "is trained as a whole copy in each process" in log, log
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -9,6 +9,8 @@ from grip_hf.training.checkpoints import last_checkpoint
 from grip_hf.training.grpo import grpo_config, make_grpo_trainer
 from grip_hf.training.policy import score
 from grip_hf.training.rewards import RewardError
+from grip_hf.training.supervised import training_arguments
+from grip_hf.training.warmup import WarmupTrainer
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,17 @@ def test_a_broken_reward_stops_the_first_step(store, tmp_path, reward):
 def test_settings_that_cannot_work(tmp_path, overrides, message):
     with pytest.raises(ConfigError, match=message):
         config(tmp_path, **overrides)
+
+
+@pytest.mark.parametrize("flag", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_launch_that_would_share_out_the_scorer(store, tmp_path, monkeypatch, flag):
+    stages = [(grpo_config, make_grpo_trainer), (training_arguments, WarmupTrainer)]
+    prepared = [(make(str(tmp_path / "run"), use_cpu=True), trainer) for make, trainer in stages]
+    monkeypatch.setenv(flag, "true")
+    for args, trainer in prepared:
+        with pytest.raises(ConfigError, match="as a whole copy in each process: launch with DDP"):
+            trainer(make_scorer(), store, args)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("rewards", [["nonsense"], []])

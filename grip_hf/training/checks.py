@@ -8,7 +8,6 @@ from typing import Any
 
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import ConfigError
 
@@ -29,13 +28,15 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"reward_weights must be finite numbers, got {list(settings['reward_weights'])}")
 
 
-def check_whole(args: TrainingArguments) -> None:
-    """Raise `ConfigError` if the processes of a launch would share out the weights of the scorer that they train.
+def check_copies(args: TrainingArguments) -> None:
+    """Raise `ConfigError` if the launch would share out the weights or the optimizer of the scorer that is trained.
 
-    Rollouts call the scorer outside of the training step, where no process would have all of it.
+    There is nothing to gain from it, and rollouts call the scorer outside of the training step, where no process would
+    have all of it.
     """
-    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP") or is_deepspeed_zero3_enabled():
+    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    if args.fsdp or args.deepspeed or any(map(parse_flag_from_env, flags)):
         raise ConfigError(
-            "a scorer has a few MB and is trained as a whole copy in each process: launch with DDP or DeepSpeed "
-            "ZeRO 1 or 2, not with FSDP or ZeRO 3 (device_map shares out a frozen model too large for one device)"
+            "a scorer has a few MB and is trained as a whole copy in each process: launch with DDP, not with FSDP or "
+            "DeepSpeed (device_map shares out a frozen model that is too large for one device)"
         )

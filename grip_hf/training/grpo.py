@@ -11,7 +11,7 @@ from trl import GRPOConfig, GRPOTrainer
 from ..config import count_kept
 from ..errors import ConfigError
 from ..scorer import GripScorer
-from .checks import check_settings, check_whole
+from .checks import check_copies, check_settings
 from .policy import PruningPolicy, keep_set_tokenizer
 from .rewards import REWARDS, Reward, checked
 from .rollout import BudgetRange, make_rollout
@@ -92,7 +92,7 @@ def make_grpo_trainer(
     Raises:
         ConfigError: A reward or a setting is unknown or not allowed, or the launch would share out the scorer.
     """
-    check_whole(args)
+    check_copies(args)
     functions = [checked(one) for one in reward_functions(rewards)]
     wrong = {name: getattr(args, name) for name, value in FIXED.items() if getattr(args, name) != value}
     if wrong:

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from ..config import count_kept
 from ..errors import ConfigError
 from ..scorer import GripScorer
-from .checks import check_settings, check_whole
+from .checks import check_copies, check_settings
 from .rollout import BudgetRange
 from .store import SampleStore
 
@@ -67,7 +67,7 @@ class StoreTrainer(Trainer):
         **kwargs: Further arguments of `Trainer`.
 
     Raises:
-        ConfigError: The launch would share out the scorer's weights.
+        ConfigError: The launch would share out the scorer.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class StoreTrainer(Trainer):
         budgets: BudgetRange | tuple[float, float] = BudgetRange(),  # noqa: B008  (frozen)
         **kwargs: Any,
     ) -> None:
-        check_whole(args)
+        check_copies(args)
         self.store = store
         self.budgets = budgets if isinstance(budgets, BudgetRange) else BudgetRange(*budgets)
         self.reports: dict[str, list[float]] = {}
