@@ -66,7 +66,7 @@ def main(script_args, training_args, model_args, grip_args):
     trainer.save_model(folder)
     if trainer.accelerator.is_main_process:
         model.grip.save_pretrained(f"{folder}/grip")
-        if grip_args.merge:
+        if grip_args.merge and peft_config:
             whole = AutoModelForImageTextToText.from_pretrained(name, dtype=model_args.dtype)
             whole = PeftModel.from_pretrained(whole, folder).merge_and_unload()
             for part in (apply_grip(whole, f"{folder}/grip"), processor):
