@@ -19,6 +19,7 @@ from .cache import CacheState, window
 from .errors import GripError
 from .masks import KeyMap
 from .pruning import Plan, take, take_last
+from .upstream import attention_kernel, find_cache
 
 # Layers that carry a state from token to token; their mask is that of the call's own tokens, [B, L], or None.
 RECURRENT = ("linear_attention", "conv")
@@ -62,7 +63,7 @@ def attention_masks(kwargs: dict[str, Any], positions: Tensor, step: Step, confi
     """
     mask, dtype = kwargs.get("attention_mask"), kwargs["inputs_embeds"].dtype
     kept = step.plan.index.shape[1]
-    additive = dtype if config._attn_implementation == "eager" else None
+    additive = dtype if attention_kernel(config) == "eager" else None
     segments = _packed_segments(kwargs, positions, step, config)
     if is_recurrent(config):
         _check_recurrent(segments, step)
@@ -175,7 +176,7 @@ def _may_be_packed(kwargs: dict[str, Any], config: Any) -> bool:
     """Whether transformers looks for packing in a call without a mask."""
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
-    return not use_cache and kwargs.get("past_key_values") is None and kwargs.get("position_ids") is not None
+    return not use_cache and find_cache(kwargs) is None and kwargs.get("position_ids") is not None
 
 
 def refuse_mixed_rows(kwargs: dict[str, Any], config: Any) -> None:
@@ -217,7 +218,7 @@ def _prepared(mask: Tensor | None, layer: int, step: Step, additive: torch.dtype
 
 
 def _uses_flash(config: Any) -> bool:
-    return "flash" in str(config._attn_implementation)
+    return "flash" in attention_kernel(config)
 
 
 def flash_arguments(mask: Any, positions: Tensor, step: Step, config: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ base model done        forget the call, also after an exception
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +25,10 @@ from .choose import Score, choose
 from .errors import GripError
 from .inputs import decode_inputs, decodes_simply, prune_inputs, real_tokens
 from .masks import KeyMap
-from .outputs import cache_of, expand_output
+from .outputs import expand_output
 from .pruning import Plan, identity_plan, make_plan
 from .scenes import Scene
+from .upstream import encoded_outputs, find_cache, has_pictures, parameters, returned_cache
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,7 +50,7 @@ class Boundary:
     budget: Callable[[], Budget]
 
     def __post_init__(self) -> None:
-        self.parameters = tuple(inspect.signature(type(self.parts.base).forward).parameters)[1:]
+        self.parameters = parameters(self.parts.base)
 
     def attach(self) -> list[Any]:
         """Register the hooks; returns their handles."""
@@ -83,13 +83,12 @@ class Boundary:
     @torch.compiler.disable
     def _remember(self, kwargs: dict[str, Any], input_ids: Tensor | None, embeds: Tensor | None) -> None:
         """The part of `before_base` that decoding has not; a compiled prefill runs it as it stands."""
-        encoded = kwargs.get("mm_encoder_outputs")
-        outputs = [one for one in encoded.values() if one is not None] if isinstance(encoded, dict) else []
+        outputs = encoded_outputs(kwargs)
         if not outputs:
             taps.clear()  # the pictures of this call are encoded within it
         mask, answer = kwargs.get("attention_mask"), calls.answers.pop(id(self), None)
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() and not outputs and not _pictures(kwargs):
+        cache = find_cache(kwargs)
+        if cache is not None and cache.get_seq_length() and not outputs and not has_pictures(kwargs):
             # Text: candidates of assisted decoding may repeat the placeholders of the prompt's pictures.
             input_ids = embeds = None
         calls.running[id(self)] = Call(input_ids, embeds, mask, outputs, answer)
@@ -101,7 +100,7 @@ class Boundary:
 
     def before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Drop tokens from the call; returns its new arguments, or None to leave it as it is."""
-        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        cache, embeds = find_cache(kwargs), kwargs.get("inputs_embeds")
         state = state_of(cache)
         if calls.running.get(id(self)) is None:
             if cache is None or state is None or state.trivial or embeds is None:
@@ -115,7 +114,7 @@ class Boundary:
     @torch.compiler.disable  # the choice depends on the data, so a compiled model would break into many graphs here
     def _prune(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The part of `before_language_model` that decoding has not."""
-        cache, call = kwargs.get("past_key_values"), calls.running.get(id(self))
+        cache, call = find_cache(kwargs), calls.running.get(id(self))
         if args or kwargs.get("inputs_embeds") is None:
             raise GripError("cannot prune: the language model was called without inputs_embeds=...")
         call = call if call is not None else Call(None, None, None, [])
@@ -132,7 +131,7 @@ class Boundary:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Bring the hidden states back to their length and let the cache know what it holds."""
-        cache = kwargs.get("past_key_values")
+        cache = find_cache(kwargs)
         if isinstance(cache, PrunedCache):
             cache.grip_inside = False
         call = calls.running.get(id(self))
@@ -143,7 +142,7 @@ class Boundary:
         """The part of `after_language_model` that decoding has not."""
         if call.state is None:
             return None
-        cache = cache if cache is not None else cache_of(output)
+        cache = cache if cache is not None else returned_cache(output)
         if cache is not None:
             set_state(cache, call.state)
         return None if call.step is None else expand_output(output, call.step.plan)
@@ -163,7 +162,7 @@ class Boundary:
         self, call: Call, kwargs: dict[str, Any], state: CacheState | None
     ) -> tuple[Plan | None, CacheState | None, Step | None]:
         """What stays of this call, what its cache will hold, and how to rewrite its arguments (None: leave them)."""
-        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        embeds, cache = kwargs["inputs_embeds"], find_cache(kwargs)
         batch, length = embeds.shape[:2]
         past_logical = 0 if cache is None else int(cache.get_seq_length())
         past = 0 if cache is None else physical_length(cache)
@@ -199,7 +198,7 @@ class Boundary:
             return None
         text = prompt_text(call, kwargs, real & ~visual)
         features = taps_of(call)
-        cache = kwargs.get("past_key_values")
+        cache = find_cache(kwargs)
         _refuse_split_picture(state, visual, 0 if cache is None else int(cache.get_seq_length()))
         base, family = self.parts.base, self.parts.family
         tile = family.tile(base.config)
@@ -210,12 +209,6 @@ class Boundary:
         if choice.embeds is not None:
             kwargs["inputs_embeds"] = torch.where(choice.keep[..., None], choice.embeds, kwargs["inputs_embeds"])
         return choice.keep
-
-
-def _pictures(kwargs: dict[str, Any]) -> bool:
-    """Whether pictures or videos come with a call."""
-    names = ("pixel_values", "image_hidden_states")
-    return any(value is not None for name, value in kwargs.items() if name.startswith(names))
 
 
 def _refuse_split_picture(state: CacheState | None, visual: Tensor, past: int) -> None:

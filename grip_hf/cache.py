@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from .errors import CacheError
 from .masks import KeyMap, Window
+from .upstream import removed_by_crop, static_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +146,11 @@ class PrunedCache:
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last entries; those among dropped visual tokens cannot go."""
         state = self.grip_state
-        if state is not None and tokens_to_remove:
+        removed = removed_by_crop(tokens_to_remove, int(self.get_seq_length()))
+        if state is not None and removed:
             physical = int(super().get_seq_length())  # type: ignore[misc]
-            state = state.crop(physical - abs(int(tokens_to_remove)))
-        super().crop(tokens_to_remove)  # type: ignore[misc]
+            state = state.crop(physical - removed)
+        super().crop(-removed)  # type: ignore[misc]
         self.grip_state = state  # now that recurrent layers have not refused
 
     def reset(self) -> None:
@@ -185,7 +187,7 @@ def set_state(cache: Any, state: CacheState) -> None:
         cache.__class__ = _pruned_class(type(cache))
         cache.grip_inside = False
     if cache.is_compileable and not any(cache.is_sliding) and not state.trivial:
-        state = state.with_columns(cache.get_max_length())
+        state = state.with_columns(static_length(cache))
     cache.grip_state = state
 
 

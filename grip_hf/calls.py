@@ -12,6 +12,7 @@ from torch import Tensor
 from . import taps
 from .attention import Step
 from .cache import CacheState
+from .upstream import find_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _prompt_length(call: Call, kwargs: dict[str, Any]) -> int | None:
 
     `generate(use_cache=False)` calls the model with an ever longer sequence and the same encoded pictures.
     """
-    if kwargs.get("past_key_values") is not None or call.input_ids is None or not call.encoded:
+    if find_cache(kwargs) is not None or call.input_ids is None or not call.encoded:
         return None
     carrier = call.encoded[0]
     if isinstance(carrier, (Tensor, tuple, list)):

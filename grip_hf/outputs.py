@@ -11,13 +11,6 @@ from .errors import GripError
 from .pruning import Plan, expand, source_slots
 
 
-def cache_of(output: Any) -> Any:
-    """The cache that the language model made itself, if any."""
-    if isinstance(output, tuple):
-        return next((item for item in output if hasattr(item, "get_seq_length")), None)
-    return output.get("past_key_values")
-
-
 def _check_sliced(rows: int, plan: Plan) -> None:
     """Some models return only the last rows that `logits_to_keep` asks for; these must be what they seem."""
     last = torch.arange(plan.length - rows, plan.length, device=plan.index.device)

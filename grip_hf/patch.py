@@ -20,6 +20,7 @@ from .choose import Score
 from .config import GripConfig
 from .errors import CacheError, ScorerError, UnsupportedModelError
 from .resolve import describe_base, resolve
+from .upstream import returned_cache
 
 __all__ = ["GripHandle", "apply_grip", "remove_grip", "taps"]
 
@@ -71,7 +72,7 @@ class GripHandle:
         """Which visual tokens a call kept: per sample, their indices among the sample's visual tokens, rising.
 
         Args:
-            cache_or_output: the KV cache of the call, or an output that holds it in `past_key_values`.
+            cache_or_output: the KV cache of the call, or an output that holds it.
 
         Raises:
             CacheError: There is no cache, or it took part in no call with visual tokens.
@@ -207,7 +208,7 @@ def kept_tokens(cache_or_output: Any) -> list[Tensor]:
     """See `GripHandle.kept_tokens`."""
     cache = cache_or_output
     if not hasattr(cache, "get_seq_length"):
-        cache = cache.get("past_key_values") if isinstance(cache, Mapping) else None
+        cache = returned_cache(cache) if isinstance(cache, Mapping) else None
     state: CacheState | None = state_of(cache)
     if state is None:
         raise CacheError(

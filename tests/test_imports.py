@@ -13,6 +13,7 @@ ROOT = pathlib.Path(grip_hf.__file__).parent
 # The level of each module or folder; a module may import its own level and lower ones.
 LEVELS = {
     "errors": 0,
+    "upstream": 1,
     "config": 0,
     "selection": 1,
     "pruning": 1,

@@ -63,7 +63,7 @@ def test_visual_batch_is_what_the_patch_gives_selectors(store):
         model(**processor(images=[row["image"] for row in rows(3)], text=texts, padding=True, return_tensors="pt"))
     mine = store.visual([0, 1, 2], torch.tensor([4, 4, 4]))
     for name in ("tokens", "mask", "text_mask", "positions", "image_index", "budgets"):
-        torch.testing.assert_close(getattr(mine, name), getattr(seen[0], name), atol=1e-6, rtol=0)
+        torch.testing.assert_close(getattr(mine, name), getattr(seen[0], name), atol=1e-5, rtol=0)
     # The chat template writes the same words.
     torch.testing.assert_close(mine.text, seen[0].text, atol=1e-6, rtol=0)
     assert mine.tokens.shape == (3, TOKENS, HIDDEN)

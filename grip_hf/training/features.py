@@ -21,6 +21,7 @@ from ..config import GripConfig
 from ..errors import UnsupportedModelError
 from ..patch import apply_grip, remove_grip
 from ..selection import VisualBatch
+from ..upstream import ENCODED, parameters
 from .data import DatasetError, Example
 from .lru import ByteCache
 from .samples import Encoded, Sample, one_row, share_tokens
@@ -49,7 +50,7 @@ class FrozenVLM:
         tap: Callable[[Any], Iterable[Any]] | None = None,
     ) -> None:
         self.parts = find_parts(model)
-        if "mm_encoder_outputs" not in inspect.signature(type(self.parts.base).forward).parameters:
+        if ENCODED not in parameters(self.parts.base):
             raise UnsupportedModelError(f"{type(model).__name__} cannot take pictures that were encoded before")
         if getattr(processor, "chat_template", None) is None:
             raise DatasetError(f"the processor {type(processor).__name__} has no chat template to write prompts with")
@@ -243,7 +244,7 @@ def pictures(encoded: Sequence[Encoded]) -> dict[str, Any]:
     carrier: Any = BaseModelOutputWithPooling(pooler_output=joined)
     if encoded[0].taps:
         carrier.grip_taps = {name: torch.cat([one.taps[name] for one in encoded]) for name in encoded[0].taps}
-    return {"mm_encoder_outputs": {"image": carrier}}
+    return {ENCODED: {"image": carrier}}
 
 
 def _bytes(value: Tensor) -> bytes:

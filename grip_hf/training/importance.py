@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import UnsupportedModelError
 from ..selection import topk_mask
 from ..selectors.cdpruner import greedy_determinant
+from ..upstream import attention_kernel
 from .features import FrozenVLM
 from .samples import Sample, answer_ids
 
@@ -84,7 +85,7 @@ def _watch(vlm: FrozenVLM, samples: Sequence[Sample], gradient: bool = False, at
         return batch["attention_mask"]
 
     language_model: Any = vlm.parts.language_model
-    before = language_model.config._attn_implementation
+    before = attention_kernel(language_model.config)
     if attention:
         language_model.set_attn_implementation("eager")
     try:
