@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import taps
-from .architectures import Parts, find_parts, unwrap
-from .attached import CONFIG_FILE, SaveWithGrip
-from .boundary import Boundary
-from .budgets import Budget, current, override
-from .cache import CacheState, state_of
-from .choose import Score
 from .config import GripConfig
+from .engine import taps
+from .engine.budgets import Budget, current, override
+from .engine.cache import CacheState, state_of
+from .engine.choice import Score
+from .engine.hooks import Boundary
+from .engine.upstream import returned_cache
 from .errors import CacheError, ScorerError, UnsupportedModelError
-from .resolve import describe_base, resolve
-from .upstream import returned_cache
+from .families.table import Parts, find_parts, unwrap
+from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
+from .hub.resolve import describe_base, resolve
 
 __all__ = ["GripHandle", "apply_grip", "remove_grip", "taps"]
 
@@ -89,17 +89,17 @@ class GripHandle:
 
         Args:
             directory: Where to. A card that lies there keeps what people wrote in it.
-            **card: What the card tells: `results`, `training`, `license` (see `grip_hf.card.Facts`).
+            **card: What the card tells: `results`, `training`, `license` (see `grip_hf.hub.card.Facts`).
 
         Raises:
             ConfigError: The selector is a callable, which cannot be saved.
         """
-        from .hub import save  # imported late: it builds on this module's level
+        from .hub.share import save  # imported late: it builds on this module's level
 
         save(self, directory, **card)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes, in one commit; returns its address. See `grip_hf.hub.push`.
+        """Upload what `save_pretrained` writes, in one commit; returns its address. See `grip_hf.hub.share.push`.
 
         Args:
             repo_id: The repository, made if it is missing.
@@ -109,7 +109,7 @@ class GripHandle:
             HubError: The repository holds something else than a scorer, or the Hub did not take the upload, in which
                 case nothing in it was changed.
         """
-        from .hub import push
+        from .hub.share import push
 
         return push(self, repo_id, **options)
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..architectures import Parts, find_parts
 from ..config import check_num_tokens
+from ..engine.plan import make_plan, take
+from ..engine.upstream import ENCODED
 from ..errors import ConfigError, UnsupportedModelError
-from ..pruning import make_plan, take
-from ..selectors.vision_towers import PREFIX
-from ..upstream import ENCODED
+from ..families.table import Parts, find_parts
+from ..families.towers import PREFIX
 
 DOWNSAMPLING = "downsampling"  # its name among selectors
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..architectures import find_parts
+from ..engine.upstream import cache_name, returned_cache
+from ..families.table import find_parts
 from ..patch import apply_grip, remove_grip
-from ..scorer import GripScorer, GripScorerConfig
+from ..scorer.model import GripScorer, GripScorerConfig
 from ..selectors import get_selector
-from ..upstream import cache_name, returned_cache
 from .downsampling import DOWNSAMPLING, check_square, downsample
 from .memory import cache_bytes, peak_memory
 from .stopwatch import Stopwatch, TimedSelector, watched

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import find_parts
+from ..engine.keepsets import VisualBatch, topk_mask
+from ..engine.plan import Plan, expand, make_plan, source_slots, take, take_last
+from ..engine.upstream import attention_kernel, find_cache
 from ..errors import ConfigError, GripError, UnsupportedModelError
-from ..pruning import Plan, expand, make_plan, source_slots, take, take_last
-from ..selection import VisualBatch, topk_mask
-from ..upstream import attention_kernel, find_cache
+from ..families.table import find_parts
 from .base import Selector
 
 if TYPE_CHECKING:

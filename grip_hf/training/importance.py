@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.keepsets import topk_mask
+from ..engine.upstream import attention_kernel
 from ..errors import UnsupportedModelError
-from ..selection import topk_mask
+from ..frozen.samples import Sample, answer_ids
+from ..frozen.vlm import FrozenVLM
 from ..selectors.cdpruner import greedy_determinant
-from ..upstream import attention_kernel
-from .features import FrozenVLM
-from .samples import Sample, answer_ids
 
 Importance = Callable[[FrozenVLM, Sequence[Sample]], Tensor]
 
