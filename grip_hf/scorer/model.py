@@ -25,7 +25,8 @@ from .hints import (
     position_features,
     sinusoid,
 )
-from .layers import Attention, Mlp, TextBlock, VisualBlock
+from .layers import Mlp, TextBlock, VisualBlock
+from .start import draw_weights, start_as_a_matcher
 
 BUDGET_WIDTH = 64
 _LOADING_FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -96,33 +97,13 @@ class GripScorer(PreTrainedModel):
         self.blocks = nn.ModuleList(VisualBlock(*sizes, config.query_aware) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
         self.head = Mlp(width, width // 2 or 1, 1)
+        draw_weights(self)
+        if config.query_aware:
+            start_as_a_matcher(self.visual, self.words, (block.to_text for block in self.blocks))
         self.post_init()
-        self._start_as_a_matcher()
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Unit-variance linear layers; the last layer of every branch starts small, and so do the scores."""
-        if isinstance(module, nn.Linear):
-            module.weight.normal_(std=module.in_features**-0.5)
-            if module.bias is not None:
-                module.bias.zero_()
-        elif isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-        elif isinstance(module, Attention):
-            module.null.zero_()
-            module.output.weight.mul_(0.5)
-        elif isinstance(module, Mlp):
-            last: Any = module[2]
-            last.weight.mul_(0.2)
-
-    @torch.no_grad()
-    def _start_as_a_matcher(self) -> None:
-        """Let visual tokens and words start in one space, and queries equal to keys, so that like finds like."""
-        if self.config.query_aware:
-            self.words.weight.copy_(self.visual.weight)
-            for block in self.blocks:
-                attention: Any = block.to_text
-                attention.key.weight.copy_(attention.query.weight)
+        """Nothing: `__init__` has drawn the weights, and loading must leave the loaded ones alone."""
 
     def forward(
         self,
