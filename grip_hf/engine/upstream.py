@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -23,8 +24,8 @@ TESTED = ("5.16.1", "5.19.0", "5.24.0")
 
 # The KV cache among arguments and outputs: `cache` since 5.24, `past_key_values` before (an alias until 5.40).
 CACHE_NAMES = ("cache", "past_key_values")
-# Pictures that were encoded before the call; since 5.18.
-ENCODED = "mm_encoder_outputs"
+# Pictures that were encoded before the call, and the release that brought them.
+ENCODED, ENCODED_SINCE = "mm_encoder_outputs", "5.18"
 # Arguments with which pictures or videos come.
 PICTURES = ("pixel_values", "image_hidden_states")
 
@@ -79,6 +80,20 @@ def returned_cache(output: Any) -> Cache | None:
     """The KV cache in a model's output."""
     values: Iterable[Any] = output.values() if isinstance(output, Mapping) else output
     return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def check_takes_encoded(module: nn.Module) -> None:
+    """Make sure that a module takes pictures that were encoded before the call; older releases ignore them in silence.
+
+    Raises:
+        UnsupportedModelError: transformers is older than 5.18, or the family is built otherwise.
+    """
+    if ENCODED in parameters(module):
+        return
+    what = f"{type(module).__name__} cannot take pictures that were encoded before"
+    if Version(transformers.__version__) < Version(ENCODED_SINCE):
+        what += f": training and `grip-hf eval` need transformers >= {ENCODED_SINCE}"
+    raise unknown(what)
 
 
 def encoded_outputs(arguments: Mapping[str, Any]) -> list[Any]:
