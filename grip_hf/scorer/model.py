@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +32,16 @@ from .start import draw_weights, start_as_a_matcher
 BUDGET_WIDTH = 64
 _LOADING_FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _CONFIG_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
+
+
+def check_loading(info: Mapping[str, Any], path: str) -> None:
+    """Raise `ScorerError` if transformers' loading info says that weights were missing, unknown or of another shape.
+
+    What is missing would hold whatever was in memory: `GripScorer._init_weights` fills nothing.
+    """
+    wrong = {name: sorted(map(str, info[name])) for name in _LOADING_FAULTS if info.get(name)}
+    if wrong:
+        raise ScorerError(f"the weights at {path!r} do not fit this scorer: {wrong}")
 
 
 class GripScorerConfig(PreTrainedConfig):
@@ -99,7 +110,7 @@ class GripScorer(PreTrainedModel):
         self.head = Mlp(width, width // 2 or 1, 1)
         draw_weights(self)
         if config.query_aware:
-            start_as_a_matcher(self.visual, self.words, (block.to_text for block in self.blocks))
+            start_as_a_matcher(self.visual, self.words, [block.to_text for block in self.blocks])
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -194,9 +205,7 @@ class GripScorer(PreTrainedModel):
         except Exception as error:
             raise ScorerError(f"cannot load a grip scorer from {path!r}: {error}") from error
         scorer, info = loaded
-        wrong = {name: sorted(map(str, info[name])) for name in _LOADING_FAULTS if info.get(name)}
-        if wrong:
-            raise ScorerError(f"the weights at {path!r} do not fit this scorer: {wrong}")
+        check_loading(info, path)
         broken = [name for name, weight in scorer.named_parameters() if not torch.isfinite(weight).all()]
         if broken:
             raise ScorerError(f"the weights at {path!r} are damaged: NaN or infinity in {broken}")

@@ -20,6 +20,7 @@ from tiny_core import (
 )
 from tiny_towers import PatchTowerConfig
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
+from versions import VIPLLAVA_LAYERS
 
 PLAIN = {name: value for name, value in VISION.items() if name != "projection_dim"}
 SIGLIP = {"model_type": "siglip_vision_model", **PLAIN, "vision_use_head": False}
@@ -159,7 +160,7 @@ MORE = {
             "aria",
             "image_token_index",
             vision_config={"model_type": "idefics3_vision", **PLAIN},
-            text_config={**TEXT, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+            text_config=model("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
             projector_patch_to_query_dict={16: 6},
         ),
         wrapped(6),
@@ -349,5 +350,5 @@ MORE = {
     "video_llava": Tiny(
         llava_like("video_llava", video_token_index=VIDEO_ID, vision_feature_layer=-1), video_llava_pictures
     ),
-    "vipllava": Tiny(llava_like("vipllava", vision_feature_layer=[-1, -2]), square_pictures(16)),
+    "vipllava": Tiny(llava_like("vipllava", **{VIPLLAVA_LAYERS: [-1, -2]}), square_pictures(16)),
 }
