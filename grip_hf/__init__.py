@@ -3,5 +3,6 @@
 from .config import GripConfig
 from .patch import apply_grip, remove_grip
 from .scorer.model import GripScorer
+from .version import __version__ as __version__
 
 __all__ = ["GripConfig", "GripScorer", "apply_grip", "remove_grip"]

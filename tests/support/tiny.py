@@ -13,9 +13,10 @@ from tiny_more import MORE
 from transformers import AutoModelForImageTextToText
 from versions import ABSENT
 
-__all__ = ["CORE", "EAGER_ONLY", "HIDDEN", "IMAGE", "IMAGE_ID", "LATE", "PAD", "TEXT", "TINY", "VARIANTS"]
+__all__ = ["CORE", "EAGER_ONLY", "EVERY", "HIDDEN", "IMAGE", "IMAGE_ID", "LATE", "PAD", "TEXT", "TINY", "VARIANTS"]
 __all__ += ["VIDEO_ID", "VISION", "VOCAB", "build", "join_pictures", "make_inputs", "select_by_content"]
 
+EVERY = sorted({**CORE, **MORE, **LATE})
 TINY = {name: tiny for name, tiny in {**CORE, **MORE, **LATE}.items() if name not in ABSENT}
 EAGER_ONLY = {"got_ocr2", "paligemma2"}  # transformers has no other attention for them
 VARIANTS = {"paligemma2": "paligemma"}  # of the same family with another text decoder
