@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
 from ..errors import ConfigError
+from ..version import __version__
 
 TEMPLATE = "model_card_template.md"
 TAGS = ("grip", "visual-token-pruning", "trl")

@@ -19,9 +19,9 @@ from .layers import Attention
 def draw_weights(module: nn.Module) -> None:
     """Draw the weights of all linear layers of a module, in the order in which they were made.
 
-    They are normal with a variance of 1 / inputs, so that outputs have the variance of inputs; what attention adds starts
-    at half of that. The last layers of MLPs start like all others, not smaller. Biases start at 0; norms start as the
-    identity and null keys at 0, as torch and `Attention` make them.
+    They are normal with a variance of 1 / inputs, so that outputs have the variance of inputs; what attention adds
+    starts at half of that deviation. The last layers of MLPs start like all others, not smaller. Biases start at 0;
+    norms start as the identity and null keys at 0, as torch and `Attention` make them.
 
     Args:
         module: What to draw for; only its `nn.Linear` layers, and `Attention` among them, are changed.

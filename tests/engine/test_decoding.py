@@ -27,17 +27,18 @@ def assert_same(family, one, other):
 def test_static_cache(family, attention, prompts):
     model, inputs = build(family, attention), make_inputs(family, prompts)
     in_static_cache = {"cache_implementation": "static", "disable_compile": True}
-    if lacking(
-        "static cache",
-        family,
-        lambda: assert_same(family, generate(model, inputs, **in_static_cache), generate(model, inputs)),
-    ):
+
+    def check():
+        dynamic = generate(model, inputs)
+        static = generate(model, inputs, **in_static_cache)
+        assert_same(family, static, dynamic)
+        return static.past_key_values
+
+    if lacking("static cache", family, check):
         return
     prune(model)
-    dynamic = generate(model, inputs)
-    static = generate(model, inputs, **in_static_cache)
-    assert isinstance(static.past_key_values, StaticCache) and isinstance(static.past_key_values, PrunedCache)
-    assert_same(family, static, dynamic)
+    cache = check()
+    assert isinstance(cache, StaticCache) and isinstance(cache, PrunedCache)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
