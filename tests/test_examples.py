@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tiny import HIDDEN, VIDEO_ID, build
 from transformers import AutoProcessor, BatchFeature, LlavaForConditionalGeneration
+from versions import TRAINING
 
 from grip_hf import GripScorer, apply_grip
 from grip_hf.errors import GripError
@@ -75,6 +76,7 @@ def test_custom_selector(run):
     assert out.count("centre_first keeps 18: ") == out.count("unusual keeps 18: ") == 3
 
 
+@TRAINING
 def test_train_warmup_and_push(run, tmp_path, hub):
     out = run("train_warmup", "--output", tmp_path, "--steps", 1, "--rows", 8, "--batch-size", 2, "--width", 16)
     assert str(tmp_path / "share") in out and "Warm-up of 1 steps" in (tmp_path / "share" / "README.md").read_text()

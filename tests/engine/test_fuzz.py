@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from reference import LOOSE, held_positions, lengthen_types, positions_and_next, reference_logits
 from tiny import IMAGE, IMAGE_ID, build, make_inputs, select_by_content
 from transformers import StaticCache
+from versions import faults
 
 from grip_hf import apply_grip, remove_grip
 
@@ -69,6 +70,7 @@ def check(family, attention, prompts, budget, scope, static, history):
     length = inputs["input_ids"].shape[1]
     ids = torch.cat([inputs["input_ids"], torch.full((len(prompts), more), 7)], 1)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, more), value=1)
+    static = static and not faults("static cache", family)
     cache = StaticCache(config=model.config, max_cache_len=length + more) if static else None
     try:
         apply_grip(model, selector=select_by_content, scope=scope, **budget)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import typer
 from typer.testing import CliRunner
+from versions import TRAINING
 
 from grip_hf import apply_grip
 from grip_hf.cli.bench import COLUMNS, bench
@@ -83,6 +84,7 @@ def test_the_pocket_shape_is_that_of_the_pocket_model():
     }
 
 
+@TRAINING
 def test_downsampling_gives_the_tower_smaller_pictures():
     one = tiny_bench(("downsampling",))
     seen = []

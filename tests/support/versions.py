@@ -69,7 +69,10 @@ _FAULTS = {
     "video": [("5.19", "5.23", ("gemma4",))],  # the number of frames does not reach the tower
 }
 # Faults of the newest release that older ones have not: (before, families).
-_LATER = {"packed rows": [("5.23", ("gemma3", "gemma4"))]}
+_LATER = {
+    "packed rows": [("5.23", ("gemma3", "gemma4"))],
+    "beam search": [("5.18", ("glm46v", "glm4v", "glm4v_moe", "glm_ocr"))],
+}
 
 
 def faults(check, family):
