@@ -24,6 +24,8 @@ SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
 def load(name):
+    if name == "app":  # CI has the page's extra beside newer versions than the lowest
+        pytest.importorskip("gradio")
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -190,8 +192,7 @@ def test_the_page_brings_the_scorer_of_the_pocket_model(page):
 
 
 def test_the_page_says_what_is_wrong(page):
-    import gradio
-
+    gradio = pytest.importorskip("gradio")
     image = make_scene(3).image
     for arguments in ((None, "what", "grid", 25), (image, "  ", "grid", 25), (image, None, "grid", 25)):
         with pytest.raises(gradio.Error):
@@ -205,7 +206,7 @@ def test_the_page_says_what_is_wrong(page):
 
 @pytest.mark.parametrize("harm", ["text", "cut", "empty"])
 def test_a_file_that_is_no_picture_is_refused_on_the_page(tmp_path, harm):
-    import gradio
+    gradio = pytest.importorskip("gradio")
     from gradio.data_classes import ImageData
 
     path = tmp_path / "picture.png"

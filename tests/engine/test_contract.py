@@ -20,7 +20,7 @@ from reference import (
 )
 from tiny import CORE, EAGER_ONLY, IMAGE, IMAGE_ID, LATE, TINY, build, join_pictures, make_inputs, select_by_content
 from transformers import DynamicCache
-from versions import faults
+from versions import CACHE, faults
 
 from grip_hf import apply_grip, remove_grip
 
@@ -107,7 +107,7 @@ def test_generation_equals_the_masked_model(family, model, prompts):
     out = generate(model, inputs, output_logits=True)
     uncached = out if lacks else generate(model, inputs, output_logits=True, use_cache=False)
     held = held_positions(inputs, model.grip.kept_tokens(out))
-    for layer in out.past_key_values.layers:
+    for layer in out[CACHE].layers:
         if getattr(layer, "keys", None) is not None:  # and the cache really is that small
             window = layer.sliding_window - 1 if layer.is_sliding else 10_000
             assert layer.keys.shape[2] == min(int(held.sum(1).max()) + 4, window)
@@ -147,12 +147,12 @@ def test_manual_decoding_step_by_step(family, model):
     held = held_positions(
         {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}, model.grip.kept_tokens(out)
     )
-    assert out.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+    assert out[CACHE].get_seq_length() == inputs["input_ids"].shape[1]
     tokens, logits = [], []
     for _ in range(4):
         logits.append(out.logits[:, -1])
         tokens.append(out.logits[:, -1].argmax(-1))
-        out = model(input_ids=tokens[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=tokens[-1][:, None], **{CACHE: out[CACHE]}, use_cache=True)
     remove_grip(model)
     full = {**inputs, "attention_mask": held.long()}
     positions = positions_and_next(model, {**full, "attention_mask": torch.ones_like(held).long()}, 4)
@@ -226,7 +226,7 @@ def test_gradients_reach_the_embeddings(family, model):
 def test_text_turn_on_the_same_cache(family, model):
     inputs = make_inputs(family, ONE)
     halve(model)
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE]
     held = held_positions(inputs, model.grip.kept_tokens(cache))
     more = torch.tensor([[11, 12, 13]])
     start = inputs["input_ids"].shape[1]
@@ -235,7 +235,7 @@ def test_text_turn_on_the_same_cache(family, model):
         input_ids=more,
         attention_mask=torch.ones(1, start + 3, dtype=torch.long),
         position_ids=positions[..., start:],
-        past_key_values=cache,
+        **{CACHE: cache},
     )
     assert cache.get_seq_length() == start + 3
     remove_grip(model)
@@ -263,7 +263,7 @@ def test_picture_in_a_second_turn(family, model):
         first.pop(TINY[family].types, None)  # here all attention is causal
     halve(model)
     turn = generate(model, first)
-    cache = turn.past_key_values
+    cache = turn[CACHE]
     kept_first = model.grip.kept_tokens(cache)[0]
     assert cache.get_seq_length() == turn.sequences.shape[1] - 1  # the last token has not been seen yet
     second = make_inputs(family, [[2, IMAGE, 3]], seed=5)
@@ -286,7 +286,7 @@ def test_picture_in_a_second_turn(family, model):
         input_ids=ids[:, start:],
         attention_mask=chat["attention_mask"],
         position_ids=positions[..., start:-4],
-        past_key_values=cache,
+        **{CACHE: cache},
     )
     kept = model.grip.kept_tokens(cache)[0]
     total = int((first["input_ids"] == IMAGE_ID).sum())
@@ -352,11 +352,11 @@ def test_caches_copy_and_pickle(family, model):
         "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
         "position_ids": positions_and_next(model, inputs, 1)[..., -1:],
     }
-    copies = [copy.deepcopy(out.past_key_values), pickle.loads(pickle.dumps(out.past_key_values))]
-    expected = model(**step, past_key_values=out.past_key_values).logits
+    copies = [copy.deepcopy(out[CACHE]), pickle.loads(pickle.dumps(out[CACHE]))]
+    expected = model(**step, **{CACHE: out[CACHE]}).logits
     for cache in copies:
-        assert type(cache) is type(out.past_key_values) and isinstance(cache, DynamicCache)
-        assert torch.equal(model(**step, past_key_values=cache).logits, expected)
+        assert type(cache) is type(out[CACHE]) and isinstance(cache, DynamicCache)
+        assert torch.equal(model(**step, **{CACHE: cache}).logits, expected)
 
 
 def test_nothing_is_left_after_removal(family, attention):
@@ -397,14 +397,14 @@ def test_an_exception_leaves_no_trace(family, model, where):
     def fail(*_):
         raise RuntimeError("on purpose")
 
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE]
     length = cache.get_seq_length()
     hook = module.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         model(**inputs)
     if where == "language":
         with pytest.raises(RuntimeError, match="on purpose"):
-            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[5]]), **{CACHE: cache})
         taken = 0 if is_recurrent(model) else 1  # layer 0 has taken the token; recurrent layers count none
         assert cache.get_seq_length() == length + taken and not cache.grip_inside
     hook.remove()

@@ -9,6 +9,7 @@ from matrix import KINDS, every_family, lacking
 from reference import assert_close
 from tiny import build, make_inputs, select_by_content
 from transformers import StaticCache
+from versions import CACHE
 
 from grip_hf import apply_grip, remove_grip
 from grip_hf.engine.cache import PrunedCache
@@ -32,7 +33,7 @@ def test_static_cache(family, attention, prompts):
         dynamic = generate(model, inputs)
         static = generate(model, inputs, **in_static_cache)
         assert_same(family, static, dynamic)
-        return static.past_key_values
+        return static[CACHE]
 
     if lacking("static cache", family, check):
         return
@@ -81,7 +82,7 @@ def test_static_cache_copies(family):
 
     def fill():
         cache = StaticCache(config=model.config, max_cache_len=inputs["input_ids"].shape[1] + 8)
-        return cache, model(**inputs, past_key_values=cache)
+        return cache, model(**inputs, **{CACHE: cache})
 
     if lacking("static cache", family, fill):
         return
@@ -109,7 +110,7 @@ def test_decoding_compiles_to_one_graph():
     compiled = torch.compile(lambda **step: model(**step), backend=count, fullgraph=True)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(**inputs, position_ids=positions, past_key_values=cache).logits[:, -1]
+    logits = model(**inputs, position_ids=positions, **{CACHE: cache}).logits[:, -1]
     for step in range(4):
         assert_close("llava", logits, plain.logits[step])
         token = logits.argmax(-1, keepdim=True)
@@ -117,7 +118,7 @@ def test_decoding_compiles_to_one_graph():
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         positions = positions[:, -1:] + 1
         prepared = model.prepare_inputs_for_generation(
-            ids, next_sequence_length=1, past_key_values=cache, attention_mask=mask, position_ids=positions
+            ids, next_sequence_length=1, **{CACHE: cache}, attention_mask=mask, position_ids=positions
         )
         logits = compiled(**prepared).logits[:, -1]
     assert len(graphs) == 1 and model.forward == eager
