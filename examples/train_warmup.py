@@ -45,9 +45,9 @@ def main():
     scorer = train(plan, SampleStore(vlm, rows))
     vlm.close()
 
-    apply_grip(model, scorer, keep_ratio=args.keep_ratio)
+    apply_grip(model, scorer=scorer, keep_ratio=args.keep_ratio)
     model.grip.save_pretrained(args.output / "share", training=f"Warm-up of {args.steps} steps, target {args.target}.")
-    print(f"apply_grip(model, {str(args.output / 'share')!r}) uses it")
+    print(f"apply_grip(model, scorer={str(args.output / 'share')!r}) uses it")
 
 
 if __name__ == "__main__":
