@@ -26,7 +26,7 @@ SECTION = re.compile(r"<!-- grip_hf: (\w+) -->\n(.*?)<!-- /grip_hf -->", re.DOTA
 PICTURE = "kept_tokens.png"
 NOT_SAID = {"results": "Not measured yet.", "training": "Not described.", "picture": ""}
 UNPRUNED, MEAN = "unpruned", "mean"
-COLUMNS = ("selector", "budget", "task", "accuracy")
+NEEDED = ("selector", "budget", "task", "accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +167,8 @@ def _rows(source: Any) -> list[Mapping[str, Any]]:
     if not isinstance(rows, Sequence) or not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ConfigError(f"results must be the rows of an evaluation table, got {type(source).__name__}")
     for row in rows:
-        if set(COLUMNS) - set(row):
-            raise ConfigError(f"a row of the results must have {COLUMNS}, got {dict(row)}")
+        if set(NEEDED) - set(row):
+            raise ConfigError(f"a row of the results must have {NEEDED}, got {dict(row)}")
     return list(rows)
 
 
