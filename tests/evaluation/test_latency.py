@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import typer
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from grip_hf import apply_grip
@@ -155,6 +156,18 @@ def test_flops_equal_a_sum_over_layers_and_positions():
             flops += 2 * (4 * hidden * hidden + 3 * hidden * text["intermediate_size"])
             flops += 2 * 2 * hidden * (position + 1)
     assert prefill_flops(find_parts(model).language_model, [tokens] * 12) == pytest.approx(flops, rel=1e-12)
+
+
+def test_flops_equal_those_that_torch_counts():
+    """In eager attention, which computes the whole map: the upper half and the output head are not ours."""
+    model = build_shape(get_shape("pocket"), "cpu", torch.float32, "eager")
+    language_model, count = find_parts(model).language_model, 33
+    config = language_model.config
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        language_model(inputs_embeds=torch.zeros(1, count, config.hidden_size), use_cache=False)
+    upper = 2 * config.hidden_size * count * (count - 1) * config.num_hidden_layers
+    mine = prefill_flops(language_model, [count] * config.num_hidden_layers)
+    assert mine + upper == pytest.approx(counter.get_total_flops(), rel=1e-3)  # its rotary embedding multiplies too
 
 
 def test_flops_follow_tokens_dropped_inside_the_model():
