@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from ..families.table import Parts
 from .checkpoint import CONFIG_FILE, SUBFOLDER, attached_folder, came_from
 from .download import fetch, is_repo_id, read_settings
 
-logger = logging.getLogger(__name__)
 LEARNED = "grip"
 TRAINING_FREE = "cdpruner"  # the rule by which it was chosen is in the docstring of `apply_grip`
 OLD_NAME = "config_or_scorer_or_repo"
