@@ -98,6 +98,13 @@ def test_the_snippets_are_python():
         compile(snippet, f"README snippet {number}", "exec")
 
 
+def test_the_first_snippet_runs_as_it_stands_and_prints_what_its_comments_say(capsys):
+    first = fenced("python", README.read_text(encoding="utf-8"))[0]
+    exec(compile(first, "README, first snippet", "exec"), {})
+    told = re.findall(r"^print\(.*\)  # (\S+)", first, re.MULTILINE)
+    assert capsys.readouterr().out.split() == told == ["purple", "16"]
+
+
 def test_the_readme_is_short():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
 
