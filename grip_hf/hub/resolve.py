@@ -99,7 +99,7 @@ def old_spelling(config: Any, scorer: Any) -> tuple[GripConfig | None, Any]:
     if config is not None and not isinstance(config, GripConfig):
         if isinstance(config, Mapping):
             instead = "apply_grip(model, GripConfig(...))"
-            config, scorer = GripConfig.from_dict(config), scorer
+            config = GripConfig.from_dict(config)
         elif isinstance(config, (str, os.PathLike, nn.Module)) and scorer is None:
             _refuse_name(config)
             instead = "apply_grip(model, scorer=...)"
