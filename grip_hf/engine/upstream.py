@@ -87,6 +87,7 @@ def check_language_model(module: nn.Module) -> None:
     Raises:
         UnsupportedModelError: Its `forward` lacks an argument, or its caches have methods of another form.
     """
+    module = getattr(module, "original_module", module)  # inside the wrapper of PEFT's `modules_to_save`
     cache_name(module)
     known = inspect.signature(module.forward).parameters
     lacking = [name for name in NEEDED if name not in known]
