@@ -16,7 +16,7 @@ from .engine.budgets import Budget, current, override
 from .engine.cache import CacheState, state_of
 from .engine.choice import Score
 from .engine.hooks import Boundary
-from .engine.upstream import returned_cache
+from .engine.upstream import is_untested, returned_cache
 from .errors import CacheError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
 from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
@@ -173,7 +173,8 @@ def apply_grip(
         The same model; its handle is `model.grip`.
 
     Raises:
-        UnsupportedModelError: The model's family is not supported, or cannot give what the selector needs.
+        UnsupportedModelError: The model's family is not supported, or cannot give what the selector needs; or the
+            installed transformers is newer than the newest tested, and a self-check of this family fails.
         ConfigError: A setting is not allowed.
         ScorerError: The scorer is missing, damaged, or made for another model.
         HubError: The Hub repository cannot be read, or holds something else than JSON and safetensors.
@@ -187,13 +188,28 @@ def apply_grip(
             "axes; use position_ids='original'"
         )
     chosen = selector if callable(selector) else _named_selector(config, scorer)
-    handle = GripHandle(parts, config, chosen, scorer)
-    hooks = list(_prepare(chosen, parts))
+    if is_untested():
+        from .doctor.guard import vouch  # imported late: tiny models of all families are needed then alone
+
+        vouch(parts.owner.config, prune)
+    _attach(parts, config, chosen, scorer)
+    return model
+
+
+def prune(model: nn.Module, selector: Score, keep_ratio: float) -> GripHandle:
+    """`apply_grip` without the self-check, for the self-check."""
+    return _attach(find_parts(model), GripConfig(keep_ratio=keep_ratio), selector, None)
+
+
+def _attach(parts: Parts, config: GripConfig, selector: Score, scorer: nn.Module | None) -> GripHandle:
+    """Put the patch on the model, in the place of an earlier one."""
+    handle = GripHandle(parts, config, selector, scorer)
+    hooks = list(_prepare(selector, parts))
     remove_grip(parts.owner)
     handle._hooks = [*hooks, *handle._boundary.attach()]
     handle._saver.attach()
     parts.owner.grip = handle  # type: ignore[assignment]
-    return model
+    return handle
 
 
 def remove_grip(model: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """Tiny models of every supported family, built in code, and inputs for them.
 
-    model = build("llava", attention="eager")
+    model = make("llava", attention="eager")
     inputs = make_inputs("llava", [[3, IMAGE, 4], [5]], seed=0)
 
 A prompt is a list of parts: an int n stands for n random text tokens, `IMAGE` for one picture. Rows are left-padded.
@@ -28,21 +28,17 @@ EAGER_ONLY = {"got_ocr2", "paligemma2"}  # transformers has no other attention f
 VARIANTS = {"paligemma2": "paligemma"}  # of the same family with another text decoder
 
 
-def build(
-    family: str, attention: str = "sdpa", seed: int = 0, dtype: torch.dtype = torch.float32, config: Any = None
-) -> Any:
-    """Build a tiny model in eval mode; the same weights for the same seed.
+def make(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, config: Any = None) -> Any:
+    """A tiny model in eval mode, with random weights.
 
     Args:
         family: One of `TINY`.
         attention: Attention implementation.
-        seed: Of the weights.
         dtype: Of the weights.
         config: Another config of this family than the one in `TINY`.
     """
     attention = "eager" if family in EAGER_ONLY else attention
     config = TINY[family].config() if config is None else config
-    torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention, dtype=dtype)
     with torch.no_grad():
         model.lm_head.weight[89:] = 0  # such a model never says a placeholder or marker token
