@@ -36,11 +36,10 @@ def doctor(
 
     if model is not None and families is not None:
         raise typer.BadParameter("give a model or --families, not both")
-    wanted = (
-        sorted(TINY)
-        if families is None
-        else [_known("--families", name, sorted(TINY)) for name in split_list(families)]
-    )
+    names = sorted(TINY) if families is None else split_list(families)
+    if not names:
+        raise typer.BadParameter("names no family", param_hint="--families")
+    wanted = [_known("--families", name, sorted(TINY)) for name in names]
     kind: torch.dtype = getattr(torch, _known("--dtype", dtype, DTYPES))
     how: dict[str, Any] = {
         "device": _usable(device),
