@@ -23,7 +23,7 @@ LOOSE = {"gemma4": 5e-4, "qwen3_5": 2e-4, "qwen3_5_moe": 2e-4}
 
 def assert_close(family: str, ours: Tensor, theirs: Tensor) -> None:
     """Equal up to rounding."""
-    torch.testing.assert_close(ours, theirs, atol=LOOSE.get(family, 2e-5), rtol=1e-4 if family not in LOOSE else 1e-3)
+    torch.testing.assert_close(ours, theirs, atol=LOOSE.get(family, 5e-5), rtol=1e-4 if family not in LOOSE else 1e-3)
 
 
 def visual_mask(inputs: Arguments) -> Tensor:

@@ -119,7 +119,7 @@ class Case:
         In half precision experts are chosen by rounded numbers and some families magnify rounding, so that no bound is
         small; but a fault changes as much as pruning does.
         """
-        exact = LOOSE.get(self.family, 2e-5) + 1e-4 * float(logits.abs().max())
+        exact = LOOSE.get(self.family, 5e-5) + 1e-4 * float(logits.abs().max())
         return exact if torch.finfo(logits.dtype).eps <= 1e-6 else max(exact, effect / 4)
 
     def lacks_static_cache(self) -> str | None:

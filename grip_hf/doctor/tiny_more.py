@@ -76,7 +76,7 @@ MORE: dict[str, Tiny] = {
             "aria",
             "image_token_index",
             vision_config={"model_type": "idefics3_vision", **PLAIN},
-            text_config={**TEXT, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+            text_config=model("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
             projector_patch_to_query_dict={16: 6},
         ),
         wrapped(6),
@@ -266,5 +266,7 @@ MORE: dict[str, Tiny] = {
     "video_llava": Tiny(
         llava_like("video_llava", video_token_index=VIDEO_ID, vision_feature_layer=-1), video_llava_pictures
     ),
-    "vipllava": Tiny(llava_like("vipllava", vision_feature_layer=[-1, -2]), square_pictures(16)),
+    "vipllava": Tiny(  # the setting had the other name up to 5.22
+        llava_like("vipllava", vision_feature_layer=[-1, -2], vision_feature_layers=[-1, -2]), square_pictures(16)
+    ),
 }

@@ -2,15 +2,33 @@
 
 import torch
 
+from grip_hf.doctor.check import is_present
 from grip_hf.doctor.pictures import END_ID, IMAGE_ID, PAD, START_ID, VIDEO_ID
-from grip_hf.doctor.tiny import EAGER_ONLY, TINY, VARIANTS, join_pictures, make, make_inputs, select_by_content
+from grip_hf.doctor.tiny import EAGER_ONLY, VARIANTS, join_pictures, make, make_inputs, select_by_content
+from grip_hf.doctor.tiny import TINY as ALL
 from grip_hf.doctor.tiny_core import CORE, HIDDEN, IMAGE, TEXT, VISION, VOCAB
 from grip_hf.doctor.tiny_late import LATE
 from grip_hf.doctor.tiny_more import MORE
 
-__all__ = ["CORE", "EAGER_ONLY", "END_ID", "HIDDEN", "IMAGE", "IMAGE_ID", "LATE", "MORE", "PAD", "START_ID", "TEXT"]
+__all__ = [
+    "CORE",
+    "EAGER_ONLY",
+    "END_ID",
+    "EVERY",
+    "HIDDEN",
+    "IMAGE",
+    "IMAGE_ID",
+    "LATE",
+    "MORE",
+    "PAD",
+    "START_ID",
+    "TEXT",
+]
 __all__ += ["TINY", "VARIANTS", "VIDEO_ID", "VISION", "VOCAB", "build", "join_pictures", "make_inputs"]
 __all__ += ["select_by_content"]
+
+EVERY = sorted(ALL)
+TINY = {name: tiny for name, tiny in ALL.items() if is_present(name)}  # what the installed transformers has
 
 
 def build(family, attention="sdpa", seed=0, dtype=torch.float32):
