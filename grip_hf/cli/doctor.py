@@ -30,8 +30,8 @@ def doctor(
     import torch
     from transformers.utils.logging import set_verbosity_error
 
-    from ..doctor.check import examine, examine_own, is_present
-    from ..doctor.tiny import TINY
+    from ..doctor.check import examine, examine_own
+    from ..doctor.tiny import TINY, is_present
     from ..patch import prune
 
     if model is not None and families is not None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..engine.upstream import attention_kernel
 from .findings import ABSENT, FAILED, PASSED, Finding, Report, describe, worst
@@ -16,7 +15,7 @@ from .isolation import Drawing, undisturbed
 from .reference import original_positions
 from .runs import STATIC, Case, Run, WrongError, attempt, distance, forward, generate
 from .shrink import family_of, make_tiny
-from .tiny import VARIANTS, Prompts, make, make_inputs, select_by_content
+from .tiny import Prompts, make, make_inputs, select_by_content
 from .tiny_core import IMAGE
 
 # (model, selector, keep ratio) -> the handle of the patch. It is handed in: `apply_grip` calls the self-check, so the
@@ -25,11 +24,6 @@ Prune = Callable[[Any, Callable[..., Tensor], float], Any]
 
 ROWS: dict[str, Prompts] = {"one row": [[3, IMAGE, 4]], "unequal rows": [[3, IMAGE, 4], [2, IMAGE, 2, IMAGE, 3], [5]]}
 RATIO = 0.5
-
-
-def is_present(family: str) -> bool:
-    """Whether the installed transformers has this family."""
-    return VARIANTS.get(family, family) in CONFIG_MAPPING
 
 
 def examine(

@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+PACKAGES = ("transformers", "trl", "peft", "accelerate", "bitsandbytes")
 KERNELS = ("flash-attn", "flash-attn-3", "flash-linear-attention", "causal-conv1d", "kernels", "triton", "xformers")
 
 
@@ -20,7 +20,7 @@ def installed(names: tuple[str, ...]) -> dict[str, str]:
 
 def python_and_packages() -> dict[str, str]:
     """Versions of Python and of the libraries that grip_hf stands on."""
-    return {"python": platform.python_version(), **installed(PACKAGES)}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), **installed(PACKAGES)}
 
 
 def devices() -> dict[str, str]:

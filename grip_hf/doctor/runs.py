@@ -123,12 +123,13 @@ class Case:
         return exact if torch.finfo(logits.dtype).eps <= 1e-6 else max(exact, effect / 4)
 
     def lacks_static_cache(self) -> str | None:
-        """Why the unpatched model cannot use a static cache, or None if it can."""
-        try:
-            static = generate(self.model, self.inputs, **STATIC)
-        except Exception as error:
-            return f"transformers raises {type(error).__name__} without pruning too"
-        dynamic = generate(self.model, self.inputs)
+        """Why the unpatched model cannot use a static cache; None if it can, or cannot use a dynamic one either."""
+        dynamic = attempt(lambda: generate(self.model, self.inputs))
+        static = attempt(lambda: generate(self.model, self.inputs, **STATIC))
+        if isinstance(dynamic, Exception):
+            return None
+        if isinstance(static, Exception):
+            return f"transformers raises {type(static).__name__} without pruning too"
         allowed = self._rounding(dynamic.logits, float(dynamic.logits.abs().max()))
         same = distance(static.logits, dynamic.logits) <= allowed
         return None if same else "in transformers it gives other logits than a dynamic one without pruning too"

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .tiny import TINY, VARIANTS
+from .tiny import TINY, VARIANTS, is_present
 from .tiny_core import SLIDING, TEXT
 
 
@@ -82,5 +82,5 @@ def _settings(config: Any) -> dict[str, Any]:
 
 def _elsewhere(kind: str) -> Any:
     """The text config of this type in the tiny model of another family, or None."""
-    configs = (one.config().get_text_config() for one in TINY.values())
+    configs = (one.config().get_text_config() for family, one in TINY.items() if is_present(family))
     return next((config for config in configs if config.model_type == kind), None)

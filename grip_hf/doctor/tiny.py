@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..engine.keepsets import VisualBatch
 from .pictures import END_ID, IMAGE_ID, PAD, START_ID, Arguments
@@ -26,6 +27,11 @@ Prompts = Sequence[Sequence[int | str]]
 TINY: dict[str, Tiny] = {**CORE, **MORE, **LATE}
 EAGER_ONLY = {"got_ocr2", "paligemma2"}  # transformers has no other attention for them
 VARIANTS = {"paligemma2": "paligemma"}  # of the same family with another text decoder
+
+
+def is_present(family: str) -> bool:
+    """Whether the installed transformers has this family."""
+    return VARIANTS.get(family, family) in CONFIG_MAPPING
 
 
 def make(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, config: Any = None) -> Any:

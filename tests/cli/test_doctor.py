@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 import transformers
-from tiny import TINY
+from tiny import EVERY
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from grip_hf import GripConfig, apply_grip, patch
 from grip_hf.cli.app import app
-from grip_hf.doctor import check
+from grip_hf.doctor import tiny
 from grip_hf.engine import upstream
 from grip_hf.pocket.model import WEIGHTS
 
@@ -51,7 +51,7 @@ def test_all_families(tmp_path):
     result = doctor("--json", tmp_path / "found.json")
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "found.json").read_text())
-    assert sorted([*(one["family"] for one in found["families"]), *found["absent"]]) == sorted(TINY)
+    assert sorted([*(one["family"] for one in found["families"]), *found["absent"]]) == EVERY
 
 
 def test_a_fault_is_shown_and_exits_with_one(fault, tmp_path):
@@ -74,7 +74,7 @@ def test_a_model(tmp_path):
 
 
 def test_absent_families_are_no_errors(monkeypatch, tmp_path):
-    monkeypatch.setattr(check, "CONFIG_MAPPING", {"llava": None})
+    monkeypatch.setattr(tiny, "CONFIG_MAPPING", {"llava": None})
     result = doctor("--families", "llava,qwen3_5", "--json", tmp_path / "found.json")
     assert result.exit_code == 0 and "not in this release of transformers: qwen3_5" in result.output
     assert json.loads((tmp_path / "found.json").read_text())["absent"] == ["qwen3_5"]

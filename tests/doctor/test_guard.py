@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny import TEXT, build
+from tiny import TEXT, TINY, build
 from transformers import LlamaForCausalLM
 
 from grip_hf import GripConfig, apply_grip, patch
 from grip_hf.doctor import guard
 from grip_hf.doctor.isolation import Drawing, undisturbed
-from grip_hf.doctor.tiny import TINY, make
+from grip_hf.doctor.tiny import make
 from grip_hf.engine import upstream
 from grip_hf.engine.upstream import TESTED, is_untested
 from grip_hf.errors import UnsupportedModelError

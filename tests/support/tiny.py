@@ -2,9 +2,8 @@
 
 import torch
 
-from grip_hf.doctor.check import is_present
 from grip_hf.doctor.pictures import END_ID, IMAGE_ID, PAD, START_ID, VIDEO_ID
-from grip_hf.doctor.tiny import EAGER_ONLY, VARIANTS, join_pictures, make, make_inputs, select_by_content
+from grip_hf.doctor.tiny import EAGER_ONLY, VARIANTS, is_present, join_pictures, make, make_inputs, select_by_content
 from grip_hf.doctor.tiny import TINY as ALL
 from grip_hf.doctor.tiny_core import CORE, HIDDEN, IMAGE, TEXT, VISION, VOCAB
 from grip_hf.doctor.tiny_late import LATE
