@@ -1,6 +1,7 @@
 """The tiny models of `grip_hf.doctor`, for tests and for scripts beside them: `import tiny; tiny.build("llava")`."""
 
 import torch
+from transformers import AutoModelForImageTextToText
 
 from grip_hf.doctor.pictures import END_ID, IMAGE_ID, PAD, START_ID, VIDEO_ID
 from grip_hf.doctor.tiny import EAGER_ONLY, VARIANTS, is_present, join_pictures, make, make_inputs, select_by_content
@@ -22,6 +23,7 @@ __all__ = [
     "PAD",
     "START_ID",
     "TEXT",
+    "AutoModelForImageTextToText",
 ]
 __all__ += ["TINY", "VARIANTS", "VIDEO_ID", "VISION", "VOCAB", "build", "join_pictures", "make_inputs"]
 __all__ += ["select_by_content"]
