@@ -58,7 +58,8 @@ def planted(fault):
             return args, {**kwargs, **fault(kwargs)}
 
         hook = find_parts(model).language_model.register_forward_pre_hook(change, with_kwargs=True)
-        handle._hooks.append(hook)
+        remove = handle.remove
+        handle.remove = lambda: (hook.remove(), remove())
         return handle
 
     return patch
