@@ -20,7 +20,7 @@ from .engine.hooks import Boundary, patch_of
 from .engine.last import LastCall
 from .engine.layers import check_layers
 from .engine.question import told
-from .engine.upstream import check_language_model
+from .engine.upstream import check_language_model, is_untested
 from .errors import CacheError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
 from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
@@ -220,7 +220,8 @@ def apply_grip(
         The same model; its handle is `model.grip`.
 
     Raises:
-        UnsupportedModelError: The model's family is not supported, or cannot give what the selector needs.
+        UnsupportedModelError: The model's family is not supported, or cannot give what the selector needs; or the
+            installed transformers is newer than the newest tested, and a self-check of this family fails.
         ConfigError: A setting is not allowed, or a scorer is given beside another selector.
         ScorerError: The scorer is missing, damaged, or made for another model.
         HubError: The Hub repository cannot be read, or holds something else than JSON and safetensors.
@@ -238,17 +239,32 @@ def apply_grip(
     check_language_model(parts.language_model)
     if getattr(chosen, "inside", False):
         check_layers(parts.language_model, chosen)  # type: ignore[arg-type]
-    handle = GripHandle(parts, settings, chosen, asked.scorer)
-    hooks = list(_prepare(chosen, parts))
+    if is_untested():
+        from .doctor.guard import vouch  # imported late: only then are tiny models needed
+
+        vouch(parts.owner.config, prune)
+    _attach(parts, settings, chosen, asked.scorer, asked.note)
+    return model
+
+
+def prune(model: nn.Module, selector: Score, keep_ratio: float) -> GripHandle:
+    """`apply_grip` without the self-check, for the self-check."""
+    return _attach(find_parts(model), GripConfig(keep_ratio=keep_ratio), selector, None)
+
+
+def _attach(parts: Parts, config: GripConfig, selector: Score, scorer: nn.Module | None, note: str = "") -> GripHandle:
+    """Put the patch on the model, in the place of an earlier one."""
+    handle = GripHandle(parts, config, selector, scorer)
+    hooks = list(_prepare(selector, parts))
     # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.
     remove_grip(parts.owner)
     handle._boundary.attach(hooks)
     handle._saver.attach()
-    if asked.note:
-        handle.note = asked.note
-        logger.warning("%s", asked.note)
+    if note:
+        handle.note = note
+        logger.warning("%s", note)
     parts.owner.grip = handle  # type: ignore[assignment]
-    return model
+    return handle
 
 
 def remove_grip(model: M) -> M:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
@@ -54,6 +55,11 @@ packed_segments = find_packed_sequence_indices
 def versions() -> str:
     """The installed and the tested releases of transformers, for messages."""
     return f"transformers {transformers.__version__} is installed, {TESTED[0]} to {TESTED[-1]} are tested"
+
+
+def is_untested() -> bool:
+    """Whether the installed transformers is newer than the newest tested."""
+    return Version(transformers.__version__) > Version(TESTED[-1])
 
 
 def unknown(what: str) -> UnsupportedModelError:
