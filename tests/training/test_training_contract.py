@@ -13,8 +13,8 @@ from packaging.specifiers import SpecifierSet
 from trl import GRPOConfig
 from versions import TRAINING
 
-from grip_hf.training.grpo import DEFAULTS, FIXED, grpo_config, make_grpo_trainer
-from grip_hf.training.policy import score
+from grip_hf.training.grpo import GRPO_DEFAULTS, GRPO_FIXED, grpo_config, make_grpo_trainer
+from grip_hf.training.policy import score_groups
 
 TEMPERATURE, RATE, COUNT = 0.7, 0.5, 3
 RANGE = SpecifierSet(re.findall(r'"trl([^"]+)"', (Path(__file__).parents[2] / "pyproject.toml").read_text())[0])
@@ -27,7 +27,7 @@ def test_the_installed_trl_is_in_the_range_that_the_package_names():
 
 def test_settings_that_are_relied_on_exist():
     names = set(inspect.signature(GRPOConfig).parameters)
-    assert set(DEFAULTS) | set(FIXED) | {"beta", "reward_weights", "max_completion_length"} <= names
+    assert set(GRPO_DEFAULTS) | set(GRPO_FIXED) | {"beta", "reward_weights", "max_completion_length"} <= names
 
 
 def plackett_luce(scores, picks):
@@ -76,7 +76,7 @@ def test_a_step_is_that_of_plackett_luce(tmp_path, greedy):
     assert len(given["rows"]) == 16 and given["budget"] == [COUNT] * 16  # the rollout's columns reach the rewards
 
     def logs_of(row, picks):
-        return plackett_luce(score(before, store.visual([row], torch.tensor([COUNT])))[0] / TEMPERATURE, picks)
+        return plackett_luce(score_groups(before, store.visual([row], torch.tensor([COUNT])))[0] / TEMPERATURE, picks)
 
     assert asked
     for input_ids, found in asked:
