@@ -120,8 +120,8 @@ def test_the_loss_is_divergence_minus_probability_of_the_drawn_keep_sets(tmp_pat
         verdict = store.judge(store.samples([rows[place % len(rows)]]), [keep])
         chance += float(verdict.log_prob.exp()) / len(noise)
         total += float(verdict.kl - verdict.log_prob.exp()) / len(noise)
-    assert chance > 0.05
-    assert float(found) == pytest.approx(total, abs=1e-3)
+    assert chance > 0.03
+    assert found.item() == pytest.approx(total, abs=1e-3)
 
 
 def test_the_relaxation_learns(tmp_path, store):
