@@ -190,7 +190,7 @@ FAULTS = (
         "grip_hf/engine/budgets.py",
         "return [one for one in value for _ in range(repeats)]",
         "return [one for _ in range(repeats) for one in value]",
-        ("tests/engine/test_calls.py",),
+        ("tests/engine/test_silence.py",),
     ),
     Fault(
         "a layer has the state of the layers before it",
