@@ -13,7 +13,7 @@ class Fault(NamedTuple):
         file: Where, from the root of the tree.
         old: The text there, which stands in the file exactly once.
         new: What the fault makes of it.
-        tests: The files whose tests should notice.
+        tests: The files, or single tests of them, that should notice.
     """
 
     name: str
@@ -281,21 +281,21 @@ FAULTS = (
         "grip_hf/hub/resolve.py",
         "config = config or saved\n",
         "config = saved or config\n",
-        ("tests/hub/test_hub.py",),
+        ("tests/test_patch.py", "tests/hub/test_hub.py::test_push_and_apply"),
     ),
     Fault(
         "a scorer of another text model is taken",
         "grip_hf/hub/resolve.py",
         'for name in ("model_type", "text_model_type") if',
         'for name in ("model_type",) if',
-        ("tests/hub/test_hub.py",),
+        ("tests/hub/test_hub.py::test_scorers_of_another_language_model_are_refused",),
     ),
     Fault(
         "files for code are downloaded",
         "grip_hf/hub/download.py",
         "if foreign := foreign_files(inside):",
         "if foreign := []:",
-        ("tests/hub/test_hub.py",),
+        ("tests/hub/test_hub.py::test_strange_files_are_refused_before_any_download_or_upload",),
     ),
     Fault(
         "budgets never change between steps",
