@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.clip import CLIPImageProcessorPil
 
-from grip_hf.pocket.layout import IMAGE_SIZE, PATCH_SIZE
+from grip_hf.pocket.places import IMAGE_SIZE, PATCH_SIZE
 from grip_hf.pocket.vocabulary import vocabulary
 
 WEIGHTS = Path(__file__).parent / "assets" / "model"

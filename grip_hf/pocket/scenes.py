@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from grip_hf.pocket.drawing import draw_scene
-from grip_hf.pocket.layout import Item, draw_layout
+from grip_hf.pocket.places import Item, draw_layout
 from grip_hf.pocket.questions import Question, ask
 from grip_hf.pocket.sprites import STYLES
 
