@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ...architectures import Family
-from ...budgets import Budget
-from ...choose import Score, choose
-from ...scenes import Scene
+from ...families.table import Family
+from ...engine.budgets import Budget
+from ...engine.choice import Score, choose
+from ...families.layouts import Scene
 from .positions import embedded_span
 
 

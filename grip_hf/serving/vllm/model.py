@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from vllm.multimodal.inputs import PlaceholderRange
 
-from ...architectures import FAMILIES
+from ...families.table import FAMILIES
 from .choice import Picture, choose_rows, embed
 from .families import SERVED, Served
 from .positions import embedded_span, grow, read_offsets, write_offsets

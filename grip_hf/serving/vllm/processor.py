@@ -211,16 +211,16 @@ def factories(stock: Any, architecture: str) -> dict[str, Callable[..., Any]]:
 
     def info(ctx: Any) -> Any:
         made = stock.info(ctx)
-        if Settings.of(ctx.model_config.hf_config) is not None:
-            made.__class__ = _mixed(GripInfo, type(made))
-        return made
+        pruned = Settings.of(ctx.model_config.hf_config) is not None
+        return _mixed(GripInfo, type(made))(ctx) if pruned else made
 
     def processor(info: Any, dummy_inputs: Any) -> Any:
         made = stock.processor(info, dummy_inputs)
         settings = Settings.of(info.ctx.model_config.hf_config)
-        if settings is not None:
-            made.__class__ = _mixed(GripProcessor, type(made))
-            made.grip, made.served = settings, SERVED[architecture]
-        return made
+        if settings is None:
+            return made
+        pruning = _mixed(GripProcessor, type(made))(info, dummy_inputs)
+        pruning.grip, pruning.served = settings, SERVED[architecture]
+        return pruning
 
     return {"info": info, "processor": processor, "dummy_inputs": stock.dummy_inputs}

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from ...architectures import FAMILIES, Parts
-from ...attached import attached_folder
+from ...families.table import FAMILIES, Parts
+from ...hub.checkpoint import attached_folder
 from ...config import GripConfig
 from ...errors import ConfigError, ScorerError, UnsupportedModelError
-from ...resolve import resolve
+from ...hub.resolve import resolve
 from ...selectors import get_selector
 from ...selectors.base import Selector
 

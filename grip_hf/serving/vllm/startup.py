@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ...architectures import FAMILIES
+from ...families.table import FAMILIES
 from ...errors import ConfigError, HubError, UnsupportedModelError
 from .families import SERVED
 from .settings import NAME, OFF, Settings, settle
