@@ -14,8 +14,8 @@ from .processor import factories
 
 @cache
 def _make(architecture: str) -> type:
-    module = importlib.import_module(f"vllm.model_executor.models.{SERVED[architecture].module}")
-    stock = getattr(module, architecture)
+    served = SERVED[architecture]
+    stock = getattr(importlib.import_module(f"vllm.model_executor.models.{served.module}"), served.name or architecture)
     made = type(architecture, (GripModel, stock), {"architecture": architecture, "__module__": __name__})
     return MULTIMODAL_REGISTRY.register_processor(**factories(stock._processor_factory, architecture))(made)
 

@@ -21,7 +21,7 @@ from ...config import count_kept
 from ...errors import ConfigError
 from .families import SERVED, Served
 from .positions import embedded_span
-from .settings import NAME, Settings, placeholder_ids
+from .settings import NAME, Settings, asked, placeholder_ids
 
 BUDGET, QUESTION, DIGEST = "grip_budget", "grip_question", "grip_settings"
 CONTENT, KEPT, TEXT = FIELDS = ("grip_content", "grip_kept", "grip_text")
@@ -211,7 +211,8 @@ def factories(stock: Any, architecture: str) -> dict[str, Callable[..., Any]]:
 
     def info(ctx: Any) -> Any:
         made = stock.info(ctx)
-        pruned = Settings.of(ctx.model_config.hf_config) is not None
+        hf_config = ctx.model_config.hf_config  # vLLM asks for the limits before settings are settled
+        pruned = asked(hf_config) or Settings.of(hf_config) is not None
         return _mixed(GripInfo, type(made))(ctx) if pruned else made
 
     def processor(info: Any, dummy_inputs: Any) -> Any:

@@ -21,6 +21,7 @@ from ...selectors import get_selector
 from ...selectors.base import Selector
 
 NAME = "grip"
+SETTLED = "grip_settings"  # where what `settle` found lies in the model's config
 OFF = (None, False)
 ASKING = ("grip", "similarity", "cdpruner")  # selectors that read the question
 SELECTORS = (*ASKING, "diversity", "grid", "random")
@@ -51,8 +52,8 @@ class Settings:
     @classmethod
     def of(cls, hf_config: Any) -> Settings | None:
         """The settings that `settle` left in a model's config, or None if pictures are not pruned."""
-        found = getattr(hf_config, NAME, None)
-        return None if found in OFF else cls(**{**found, "config": GripConfig.from_dict(found["config"])})
+        found = getattr(hf_config, SETTLED, None)
+        return None if found is None else cls(**{**found, "config": GripConfig.from_dict(found["config"])})
 
     def digest(self) -> str:
         """A fingerprint of all that is the same for every request."""
@@ -78,11 +79,14 @@ class Settings:
         """Build what chooses the tokens."""
         kwargs = dict(self.config.selector_kwargs)
         if self.config.selector == "grip" and "scorer" not in kwargs:
-            kwargs["scorer"] = resolve(_parts(hf_config), self.scorer, None, {}, self._hub())[1]
+            settled = {"selector": "grip", "keep_ratio": self.config.keep_ratio, "num_tokens": self.config.num_tokens}
+            kwargs["scorer"] = resolve(_parts(hf_config), self.scorer, None, settled, {"revision": self.revision})[1]
         return get_selector(self.config.selector, seed=self.config.seed, **kwargs)
 
-    def _hub(self) -> dict[str, Any]:
-        return {"revision": self.revision}
+
+def asked(hf_config: Any) -> bool:
+    """Whether a user gave settings; a checkpoint may hold some besides."""
+    return getattr(hf_config, NAME, None) not in OFF
 
 
 def settle(hf_config: Any, model: str, revision: str | None) -> Settings | None:
@@ -104,7 +108,7 @@ def settle(hf_config: Any, model: str, revision: str | None) -> Settings | None:
     """
     given = getattr(hf_config, NAME, {})
     settings = None if given in OFF else _settle(hf_config, given, model, revision)
-    setattr(hf_config, NAME, None if settings is None else settings.to_dict())
+    setattr(hf_config, SETTLED, None if settings is None else settings.to_dict())
     return settings
 
 

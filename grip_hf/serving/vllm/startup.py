@@ -8,7 +8,7 @@ from typing import Any
 from ...families.table import FAMILIES
 from ...errors import ConfigError, HubError, UnsupportedModelError
 from .families import SERVED
-from .settings import NAME, OFF, Settings, settle
+from .settings import NAME, Settings, asked, settle
 
 logger = logging.getLogger(__name__)
 FIRST, BEFORE = "0.32.0", "0.33"  # the versions of vLLM that this plug-in was tested with
@@ -21,16 +21,15 @@ def settle_model(model_config: Any) -> None:
         GripError: They cannot be served; see `settle`.
     """
     hf_config = model_config.hf_config
-    asked = getattr(hf_config, NAME, None) not in OFF
     served = SERVED.get(model_config.architecture)
-    if not asked and (served is None or hasattr(hf_config, NAME) or untested() is not None):
+    if not asked(hf_config) and (served is None or hasattr(hf_config, NAME) or untested() is not None):
         return
-    if asked:
+    if asked(hf_config):
         refuse(model_config)
     try:
         settings = settle(hf_config, model_config.model, model_config.revision)
     except HubError as error:
-        if asked:
+        if asked(hf_config):
             raise
         logger.warning("whether %s carries a GRIP part cannot be told: %s", model_config.model, error)
         return
