@@ -28,7 +28,6 @@ class Served:
 
 
 SERVED: dict[str, Served] = {
-    "Gemma3ForConditionalGeneration": Served("gemma3", "gemma3_mm", markers=True, rows="num_patches"),
     "Idefics3ForConditionalGeneration": Served("idefics3", "idefics3", markers=True, rows="num_patches"),
     "InternVLForConditionalGeneration": Served("internvl", "interns1", "InternS1ForConditionalGeneration", markers=True, rows="image_num_patches"),
     "LlavaForConditionalGeneration": Served("llava", "llava"),

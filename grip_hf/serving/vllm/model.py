@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 from vllm.multimodal.inputs import PlaceholderRange
 
@@ -22,7 +23,7 @@ from ...families.table import FAMILIES
 from .choice import Picture, choose_rows, embed
 from .families import SERVED, Served
 from .positions import embedded_span, grow, read_offsets, write_offsets
-from .processor import CONTENT, FIELDS, KEPT, TEXT, known_positions
+from .processor import CONTENT, FIELDS, KEPT, PICTURE, TEXT, known_positions
 from .settings import Settings, placeholder_ids
 
 SPARE = 1024  # rows of the buffer beyond a step's tokens: some runners pad
@@ -41,6 +42,7 @@ class Pruner:
         per_pass: how many visual tokens are encoded at once, as profiled.
         offsets: [axes, tokens of a step] long; lies still, so that CUDA graphs can read it.
         limit: the number of positions that the model knows, or None.
+        encoded: unpruned pictures, by their fingerprints.
     """
 
     def __init__(self, settings: Settings, served: Served, vllm_config: Any) -> None:
@@ -59,6 +61,13 @@ class Pruner:
         self.offsets = torch.zeros(self.axes, size, dtype=torch.long, device=device)
         self.limit = known_positions(vllm_config.model_config)
         self.moved = False
+        self.encoded: LRUCache[tuple[int, ...], Tensor] = LRUCache(self.per_pass, len)
+
+    def keep(self, encoded: Mapping[tuple[int, ...], Tensor]) -> None:
+        """Keep what was encoded last for other questions about the same pictures, as much as one pass encodes."""
+        for one, features in encoded.items():
+            if one not in self.encoded and len(features) <= self.encoded.maxsize:
+                self.encoded[one] = features.clone()  # not a view, which would hold on to the whole batch
 
     def span(self, content: Tensor) -> tuple[int, int]:
         """The embedded span of an unpruned content."""
@@ -66,14 +75,19 @@ class Pruner:
 
     def remember(self, embeddings: Iterable[Tensor], where: Tensor) -> list[Tensor]:
         """Take the offsets off this step's embeddings; they belong to the tokens `where` [L] bool."""
+        self.rest()
         parts = [read_offsets(rows, self.axes) for rows in embeddings]
-        if self.moved or parts:
-            self.offsets.zero_()
-        self.moved = bool(parts)
         if parts:
+            self.moved = True
             slots = where.to(self.offsets.device).nonzero().flatten()
             self.offsets[:, slots] = torch.cat([offsets for _, offsets in parts]).T
         return [rows for rows, _ in parts]
+
+    def rest(self) -> None:
+        """Forget a step's offsets: vLLM also runs the model on nothing, without embeddings before."""
+        if self.moved:
+            self.offsets.zero_()
+            self.moved = False
 
     def move(self, positions: Tensor) -> Tensor:
         """Positions [axes, L] of a step's tokens, as the language model takes them."""
@@ -108,13 +122,16 @@ class GripModel:
         if self.grip is None:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         wanted = {name: kwargs.pop(name) for name in FIELDS}
+        prints = [tuple(one.tolist()) for one in wanted[PICTURE]]
         totals = [int(torch.isin(content, self.grip.ids).sum()) for content in wanted[CONTENT]]
-        rows: list[Tensor] = []
-        for chosen in passes(totals, self.grip.per_pass):
-            part = slice_items(kwargs, chosen, len(totals), self.grip.served.rows)
+        encoded = {one: self.grip.encoded[one] for one in prints if one in self.grip.encoded}
+        fresh = [number for number, one in enumerate(prints) if one not in encoded and prints.index(one) == number]
+        for chosen in passes(fresh, totals, self.grip.per_pass):
+            part = pick_items(kwargs, chosen, len(totals), self.grip.served.rows)
             features = super().embed_multimodal(**part)  # type: ignore[misc]
-            rows += self._prune(features, {name: value[chosen] for name, value in wanted.items()}, part)
-        return rows
+            encoded |= zip((prints[number] for number in chosen), features, strict=True)
+        self.grip.keep(encoded)
+        return self._prune([encoded[one] for one in prints], wanted, kwargs)
 
     def _prune(self, features: Iterable[Tensor], wanted: Mapping[str, Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         grip: Any = self.grip
@@ -171,9 +188,17 @@ class GripModel:
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the language model."""
-        if self.grip is not None:
-            positions = self.grip.move(positions)
-        return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
+        if self.grip is None:
+            return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
+        output = super().forward(input_ids, self.grip.move(positions), *args, **kwargs)  # type: ignore[misc]
+        self.grip.rest()
+        return output
+
+    def load_weights(self, weights: Any) -> Any:
+        """Load weights, perhaps in place of others."""
+        if getattr(self, "grip", None) is not None:
+            self.grip.encoded.clear()
+        return super().load_weights(weights)  # type: ignore[misc]
 
 
 def embedded_range(position: PlaceholderRange) -> tuple[int, int]:
@@ -184,30 +209,32 @@ def embedded_range(position: PlaceholderRange) -> tuple[int, int]:
     return position.offset + int(inside[0]), position.offset + int(inside[-1]) + 1
 
 
-def passes(totals: list[int], limit: int) -> Iterator[slice]:
-    """Cut pictures of so many visual tokens into runs of at most `limit` tokens, or of one picture."""
-    start, tokens = 0, 0
-    for number, total in enumerate(totals):
-        if number > start and tokens + total > limit:
-            yield slice(start, number)
-            start, tokens = number, 0
-        tokens += total
-    if totals:
-        yield slice(start, len(totals))
+def passes(pictures: list[int], totals: list[int], limit: int) -> Iterator[list[int]]:
+    """Cut `pictures`, of `totals` visual tokens each, into runs of at most `limit` tokens, or of one picture."""
+    run: list[int] = []
+    for number in pictures:
+        if run and sum(totals[one] for one in run) + totals[number] > limit:
+            yield run
+            run = []
+        run.append(number)
+    if run:
+        yield run
 
 
-def slice_items(kwargs: Mapping[str, Any], chosen: slice, pictures: int, rows: str | None) -> dict[str, Any]:
+def pick_items(kwargs: Mapping[str, Any], chosen: list[int], pictures: int, rows: str | None) -> dict[str, Any]:
     """The arguments of the `chosen` ones of several pictures; `rows` names the one with the rows of flat arguments."""
-    if chosen == slice(0, pictures):
+    if chosen == list(range(pictures)):
         return dict(kwargs)
     counts = [1] * pictures if rows is None else [int(torch.as_tensor(one).prod()) for one in kwargs[rows]]
-    flat = slice(sum(counts[: chosen.start]), sum(counts[: chosen.stop]))
+    firsts = [sum(counts[:number]) for number in range(pictures)]
+    flat = [row for number in chosen for row in range(firsts[number], firsts[number] + counts[number])]
 
-    def cut(value: Any) -> Any:
+    def pick(value: Any) -> Any:
         if not isinstance(value, (Tensor, list, tuple)) or (isinstance(value, Tensor) and not value.ndim):
             return value
-        if len(value) == pictures:
-            return value[chosen]
-        return value[flat] if len(value) == sum(counts) else value
+        if len(value) not in (pictures, sum(counts)):
+            return value
+        index = chosen if len(value) == pictures else flat
+        return value[index] if isinstance(value, Tensor) else [value[one] for one in index]
 
-    return {name: cut(value) for name, value in kwargs.items()}
+    return {name: pick(value) for name, value in kwargs.items()}

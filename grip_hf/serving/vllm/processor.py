@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.parse import EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
@@ -24,7 +25,7 @@ from .positions import embedded_span
 from .settings import NAME, Settings, asked, placeholder_ids
 
 BUDGET, QUESTION, DIGEST = "grip_budget", "grip_question", "grip_settings"
-CONTENT, KEPT, TEXT = FIELDS = ("grip_content", "grip_kept", "grip_text")
+CONTENT, KEPT, TEXT, PICTURE = FIELDS = ("grip_content", "grip_kept", "grip_text", "grip_picture")
 ADDED = (NAME, BUDGET, QUESTION, DIGEST)
 EVERYTHING = {"keep_ratio": 1.0}
 PICTURES = "image"
@@ -44,11 +45,13 @@ class Pruned(PromptUpdateDetails):
 class GripInfo:
     """Mixin of a processing info: pictures only."""
 
-    def get_supported_mm_limits(self: Any) -> Mapping[str, int | None]:
-        """The stock limit of pictures; nothing else is taken, so that nothing else is profiled."""
-        return {PICTURES: super().get_supported_mm_limits()[PICTURES]}  # type: ignore[misc]
+    @property
+    def allowed_mm_limits(self) -> Mapping[str, int]:
+        """The stock limit of pictures, and none of anything else, so that nothing else is profiled."""
+        allowed = super().allowed_mm_limits  # type: ignore[misc]
+        return {modality: limit if modality == PICTURES else 0 for modality, limit in allowed.items()}
 
-    def validate_num_items(self: Any, modality: str, num_items: int) -> None:
+    def validate_num_items(self, modality: str, num_items: int) -> None:
         """Refuse whatever is no picture."""
         if modality != PICTURES and num_items:
             raise ConfigError(f"grip_hf prunes pictures only; this server does not take {modality} input")
@@ -82,7 +85,7 @@ class GripProcessor:
                 f"{pictures} pictures cannot share one budget, since vLLM encodes them one by one: serve with "
                 f"{{{NAME!r}: {{'scope': 'image'}}}}, or ask for keep_ratio 1"
             )
-        kwargs |= {BUDGET: [ratio or 0.0, number or 0], DIGEST: self.grip.digest()}
+        kwargs |= {BUDGET: [ratio or 0.0, number or 0], DIGEST: self.grip.digest}
         if self.grip.reads_question and ratio != 1:
             kwargs[QUESTION] = np.array(self._question(inputs), dtype=np.int64).tobytes()
         return super().apply(  # type: ignore[misc]
@@ -91,6 +94,8 @@ class GripProcessor:
 
     def _pictures(self, items: Any) -> int:
         for modality, group in items.items():
+            if not len(group):
+                continue
             if modality != PICTURES or isinstance(group, EmbeddingItems):
                 raise ConfigError(f"grip_hf prunes pictures only, not {modality} input of {type(group).__name__}")
         return items.get_all_counts().get(PICTURES, 0)
@@ -119,27 +124,34 @@ class GripProcessor:
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Any:
         """The stock updates with fewer visual tokens; each picture's item gets what its encoder needs to choose."""
-        updates = super()._get_mm_prompt_updates(  # type: ignore[misc]
-            mm_items, _stock(hf_processor_mm_kwargs), out_mm_kwargs
-        )
+        stock = _stock(hf_processor_mm_kwargs)
+        updates = super()._get_mm_prompt_updates(mm_items, stock, out_mm_kwargs)  # type: ignore[misc]
         ratio, number = hf_processor_mm_kwargs[BUDGET]
         question = torch.from_numpy(np.frombuffer(hf_processor_mm_kwargs.get(QUESTION, b""), dtype=np.int64).copy())
         ids = torch.tensor(placeholder_ids(self.info.get_hf_config()))
 
-        def prune(item: Any, update: Any) -> Any:
+        def prune(item: Any, picture: torch.Tensor, update: Any) -> Any:
             content = torch.tensor(update.content.full)
             visual = torch.isin(content, ids)
             total = int(visual.sum())
             kept = count_kept(total, ratio or None, number or None)
-            for name, value in ((CONTENT, content), (KEPT, torch.tensor(kept)), (TEXT, question)):
+            for name, value in zip(FIELDS, (content, torch.tensor(kept), question, picture), strict=True):
                 item[name] = MultiModalFieldElem(data=value, field=MultiModalBatchedField(keep_on_cpu=True))
             return dataclasses.replace(update, content=shorten(content, visual, total - kept))
 
-        items = out_mm_kwargs.get(PICTURES, [])
+        items, groups = out_mm_kwargs.get(PICTURES, []), updates.get(PICTURES, [])
         pruned = [
-            [prune(item, one) for one in group] for item, group in zip(items, updates.get(PICTURES, []), strict=True)
+            [prune(item, picture, one) for one in group]
+            for item, picture, group in zip(items, self._digests(mm_items, stock), groups, strict=True)
         ]
         return {**updates, PICTURES: pruned} if PICTURES in updates else updates
+
+    def _digests(self, mm_items: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """For each picture [4] long, a fingerprint of what its encoder sees; it tells no question and no budget."""
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        pictures = mm_items[PICTURES].get_all_items_for_hash() if PICTURES in mm_items else []
+        prints = [MultiModalHasher.hash_kwargs(algorithm, image=picture, kwargs=kwargs) for picture in pictures]
+        return [torch.frombuffer(bytearray.fromhex(one)[:32], dtype=torch.int64) for one in prints]
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         """Refuse prompts whose original positions lie beyond those that the model knows."""

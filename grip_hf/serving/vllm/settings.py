@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,6 +56,7 @@ class Settings:
         found = getattr(hf_config, SETTLED, None)
         return None if found is None else cls(**{**found, "config": GripConfig.from_dict(found["config"])})
 
+    @cached_property
     def digest(self) -> str:
         """A fingerprint of all that is the same for every request."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()

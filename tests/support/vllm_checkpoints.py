@@ -4,6 +4,8 @@
     prompt = PROMPTS["qwen2_vl"] + "a b c"
 """
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
@@ -16,6 +18,8 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
+
+from grip_hf.pocket.names import name_for_all_readers
 
 HIDDEN, WORDS = 64, [f"w{number}" for number in range(100)]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "<|image_pad|>", "<|video_pad|>"]
@@ -128,8 +132,8 @@ def llava_onevision():
     )
 
 
-def qwen(name, vision, text=Qwen2Config):
-    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
+def qwen(name, vision, **rope):
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0, **rope}
     return AutoConfig.for_model(
         name,
         vision_config=vision,
@@ -169,7 +173,7 @@ def qwen3_vl():
 
     vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "patch_size": PATCH}
     vision |= {"out_hidden_size": HIDDEN, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
-    config = qwen("qwen3_vl", vision)
+    config = qwen("qwen3_vl", vision, mrope_interleaved=True)
     video = Qwen3VLVideoProcessor(patch_size=PATCH, merge_size=2)
     return config, Qwen3VLProcessor(qwen_pictures(), tokenizer(), video)
 
@@ -272,4 +276,6 @@ def write(family, folder, seed=0):
     model.get_output_embeddings().weight[: len(SPECIAL)] = 0  # answers are words
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if family.startswith("llava"):
+        name_for_all_readers(Path(folder) / "model.safetensors")
     return folder
