@@ -138,7 +138,9 @@ def test_preempted_requests_are_answered_the_same(asks, want, monkeypatch):
     with engine(WEIGHTS, **few) as llm:
         scheduler, preempted = llm.llm_engine.engine_core.engine_core.scheduler, []
         give_way = scheduler._preempt_request
-        monkeypatch.setattr(scheduler, "_preempt_request", lambda *args, **kw: (preempted.append(1), give_way(*args, **kw)))
+        monkeypatch.setattr(
+            scheduler, "_preempt_request", lambda *args, **kw: (preempted.append(1), give_way(*args, **kw))
+        )
         answers = ask(llm, asks[:12], TOKENS + 36)
     assert preempted
     assert [one[:TOKENS] for one in answers] == want[:12]
@@ -152,7 +154,10 @@ def test_several_answers_to_one_prompt(llm, asks, want):
 
 
 def test_several_pictures_have_a_budget_each(pocket, scenes):
-    pair = [Ask([scenes[0].image, scenes[1].image], "<image><image>is there any cat"), Ask(scenes[2].image, "<image>is")]
+    pair = [
+        Ask([scenes[0].image, scenes[1].image], "<image><image>is there any cat"),
+        Ask(scenes[2].image, "<image>is"),
+    ]
     settings = {"keep_ratio": 0.2, "scope": "image"}
     want = reference(*pocket, pair, tokens=TOKENS, **settings)
     with engine(WEIGHTS, settings, max_model_len=512) as llm:

@@ -1,7 +1,7 @@
 """Tiny checkpoints with random weights and real processors, one per family, as vLLM serves them.
 
-    folder = write("qwen2_vl", tmp_path)
-    prompt = PROMPTS["qwen2_vl"] + "a b c"
+folder = write("qwen2_vl", tmp_path)
+prompt = PROMPTS["qwen2_vl"] + "a b c"
 """
 
 from pathlib import Path

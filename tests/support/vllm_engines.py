@@ -1,7 +1,7 @@
 """A vLLM engine in this process, and the same questions put to the patched transformers model.
 
-    with engine(folder, grip={"keep_ratio": 0.3}) as llm:
-        answers = ask(llm, [Ask(picture, "<image>w1 w2")])
+with engine(folder, grip={"keep_ratio": 0.3}) as llm:
+    answers = ask(llm, [Ask(picture, "<image>w1 w2")])
 """
 
 import contextlib

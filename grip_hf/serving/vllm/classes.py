@@ -15,7 +15,9 @@ from .processor import factories
 @cache
 def _make(architecture: str) -> type:
     served = SERVED[architecture]
-    stock = getattr(importlib.import_module(f"vllm.model_executor.models.{served.module}"), served.name or architecture)
+    stock = getattr(
+        importlib.import_module(f"vllm.model_executor.models.{served.module}"), served.name or architecture
+    )
     made = type(architecture, (GripModel, stock), {"architecture": architecture, "__module__": __name__})
     return MULTIMODAL_REGISTRY.register_processor(**factories(stock._processor_factory, architecture))(made)
 

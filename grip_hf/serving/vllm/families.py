@@ -29,7 +29,9 @@ class Served:
 
 SERVED: dict[str, Served] = {
     "Idefics3ForConditionalGeneration": Served("idefics3", "idefics3", markers=True, rows="num_patches"),
-    "InternVLForConditionalGeneration": Served("internvl", "interns1", "InternS1ForConditionalGeneration", markers=True, rows="image_num_patches"),
+    "InternVLForConditionalGeneration": Served(
+        "internvl", "interns1", "InternS1ForConditionalGeneration", markers=True, rows="image_num_patches"
+    ),
     "LlavaForConditionalGeneration": Served("llava", "llava"),
     "LlavaNextForConditionalGeneration": Served("llava_next", "llava_next"),
     "LlavaOnevisionForConditionalGeneration": Served("llava_onevision", "llava_onevision"),
