@@ -198,7 +198,7 @@ def test_a_scorer_of_another_model_is_refused_at_the_start(tmp_path):
 
     scorer = write_scorer(tmp_path, 64)
     with (
-        pytest.raises(Exception, match="hidden_size 64, but the language model of LlavaForCond.* has 192"),
+        pytest.raises(Exception, match=r"hidden_size 64, but the language model of LlavaForCond.* has 192"),
         engine(WEIGHTS, {"scorer": scorer, "keep_ratio": 0.5}),
     ):
         pass
@@ -243,5 +243,5 @@ def test_prompts_beyond_the_positions_that_the_model_knows_are_refused(scenes):
             if pictures == 7:
                 assert len(ask(llm, [one], TOKENS)[0]) == TOKENS
             else:
-                with pytest.raises(ValueError, match="1157 tokens long before its pictures are pruned.* knows 1024"):
+                with pytest.raises(ValueError, match=r"1157 tokens long before its pictures are pruned.* knows 1024"):
                     ask(llm, [one], TOKENS)

@@ -62,7 +62,7 @@ def environment():
 
 
 @contextlib.contextmanager
-def serve(folder, log, *options, seconds=180):
+def serve(folder, log, *options, seconds=400):
     """Start a server and wait until it answers; at the end it and all its processes are stopped."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -96,7 +96,7 @@ def answers(url):
         return False
 
 
-def refused(folder, log, *options, seconds=120):
+def refused(folder, log, *options, seconds=400):
     """What a server says that does not start; fails if it does."""
     with open(log, "wb") as out:
         done = subprocess.run(command(folder, 1, *options), stdout=out, stderr=out, env=environment(), timeout=seconds)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ...families.table import Family
 from ...engine.budgets import Budget
 from ...engine.choice import Score, choose
 from ...families.layouts import Scene
+from ...families.table import Family
 from .positions import embedded_span
 
 
@@ -61,17 +61,15 @@ def choose_rows(
         width: of the language model.
 
     Returns:
-        For each picture [R] bool, what stays of its content: all that is not visual, and as many visual tokens as kept.
+        For each picture [R] bool, what stays of its content: all that is not visual, and `kept` visual tokens.
     """
     device = embedded[0].device
     lengths = [len(one.text) for one in pictures]
-    padding = torch.nn.functional.pad
-    pad = lambda values, fill: pad_sequence(values, batch_first=True, padding_value=fill).to(device)  # noqa: E731
-    visual = pad([padding(one.visual, (len(one.text), 0)) for one in pictures], False)
+    visual = _stack([torch.nn.functional.pad(one.visual, (len(one.text), 0)) for one in pictures], 0).to(device)
     scene = Scene(
         visual,
-        pad([torch.cat([one.text, one.content]) for one in pictures], -1),
-        pad([rows[:, :width] for rows in embedded], 0),
+        _stack([torch.cat([one.text, one.content]) for one in pictures], -1).to(device),
+        _stack([rows[:, :width] for rows in embedded], 0),
         _axes(pictures, visual),
         base,
         family.tile(base.config),
@@ -79,10 +77,13 @@ def choose_rows(
     text = torch.arange(visual.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
     budget = Budget(num_tokens=tuple(one.kept for one in pictures))
     choice = choose(selector, budget, False, family.layout, scene, text, {})
-    stays = ~visual if choice is None else ~visual | choice.keep
-    if choice is None:
-        stays = torch.ones_like(visual)
+    stays = torch.ones_like(visual) if choice is None else ~visual | choice.keep
     return [row[start : start + len(one.content)] for row, start, one in zip(stays, lengths, pictures, strict=True)]
+
+
+def _stack(rows: list[Tensor], fill: int) -> Tensor:
+    """[B, L, ...] of rows of different lengths."""
+    return pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
 def _axes(pictures: list[Picture], visual: Tensor) -> Tensor | None:

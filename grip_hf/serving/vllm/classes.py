@@ -1,4 +1,4 @@
-"""The model classes that the plug-in registers, made when vLLM asks for one: `classes.LlavaForConditionalGeneration`."""
+"""The model classes that the plug-in registers: `classes.LlavaForConditionalGeneration`, made when asked for."""
 
 from __future__ import annotations
 

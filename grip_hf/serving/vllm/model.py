@@ -142,16 +142,16 @@ class GripModel:
             start, stop = grip.span(content)
             places = grip.places(stop - start, kwargs, number, merge)
             visual, kept = torch.isin(content, grip.ids), int(wanted[KEPT][number])
-            pictures.append(Picture(content, visual, wanted[TEXT][number].cpu(), rows, places, kept))
+            pictures.append(Picture(content, visual, wanted[TEXT][number][1:].cpu(), rows, places, kept))
         table = self.get_language_model().embed_input_ids  # type: ignore[attr-defined]
         embedded = [embed(one, table, grip.width) for one in pictures]
         stays = choose_rows(pictures, embedded, grip.selector, grip.family, self, grip.width)
         pruned = []
         for one, rows, keep in zip(pictures, embedded, stays, strict=True):
             start, stop = grip.span(one.content)
-            kept = keep[start:stop].nonzero().flatten()
+            index = keep[start:stop].nonzero().flatten()
             inside = rows[len(one.text) + start : len(one.text) + stop]
-            pruned.append(write_offsets(inside[kept], one.places.to(kept.device)[kept]))
+            pruned.append(write_offsets(inside[index], one.places.to(index.device)[index]))
         return pruned
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
@@ -196,7 +196,7 @@ class GripModel:
 
     def load_weights(self, weights: Any) -> Any:
         """Load weights, perhaps in place of others."""
-        if getattr(self, "grip", None) is not None:
+        if self.grip is not None:
             self.grip.encoded.clear()
         return super().load_weights(weights)  # type: ignore[misc]
 

@@ -22,7 +22,7 @@ def register() -> None:
 
 
 def _then_ours(stock: Any) -> Any:
-    """vLLM's own hook for an architecture, if it has one, and then ours."""
+    """The hook of vLLM's own for an architecture, if it has one, and then ours."""
     if isinstance(stock, type) and issubclass(stock, _Hook):
         return stock
     return type("Hook", (_Hook,), {"stock": stock})

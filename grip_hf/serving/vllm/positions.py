@@ -1,8 +1,8 @@
 """Original positions of kept tokens: written beside their embeddings, read where these meet. Pure tensor functions.
 
-vLLM knows a prompt by its K kept tokens before it knows which of the N visual tokens they are. So the K placeholders of
-a picture start with one position, that of the picture's first token, and how far each lies behind it travels with the
-embeddings, in channels of its own.
+vLLM knows a prompt by its K kept tokens before it knows which of the N visual tokens they are. So the K placeholders
+of a picture start with one position, that of the picture's first token, and how far each lies behind it travels with
+the embeddings, in channels of its own.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class GripProcessor:
                 than pictures, or is longer than the model's positions. vLLM answers with status 400.
         """
         kwargs = dict(inputs.hf_processor_mm_kwargs)
-        ratio, number = budget = self.grip.budget(kwargs.pop(NAME, None))
+        ratio, number = self.grip.budget(kwargs.pop(NAME, None))
         pictures = self._pictures(inputs.mm_data_items)
         if pictures > 1 and self.grip.config.scope != "image" and ratio != 1:
             raise ConfigError(
@@ -127,7 +127,8 @@ class GripProcessor:
         stock = _stock(hf_processor_mm_kwargs)
         updates = super()._get_mm_prompt_updates(mm_items, stock, out_mm_kwargs)  # type: ignore[misc]
         ratio, number = hf_processor_mm_kwargs[BUDGET]
-        question = torch.from_numpy(np.frombuffer(hf_processor_mm_kwargs.get(QUESTION, b""), dtype=np.int64).copy())
+        text = np.frombuffer(hf_processor_mm_kwargs.get(QUESTION, b""), dtype=np.int64)
+        question = torch.tensor([0, *text.tolist()])  # vLLM cannot send a tensor of nothing
         ids = torch.tensor(placeholder_ids(self.info.get_hf_config()))
 
         def prune(item: Any, picture: torch.Tensor, update: Any) -> Any:
@@ -219,20 +220,22 @@ def _mixed(mixin: type, stock: type) -> type:
 
 
 def factories(stock: Any, architecture: str) -> dict[str, Callable[..., Any]]:
-    """What to register for a class in place of its stock factories; a model that is not pruned gets the stock ones'."""
+    """What to register for a class in place of its stock factories, whose work it is if nothing is pruned."""
 
     def info(ctx: Any) -> Any:
         made = stock.info(ctx)
         hf_config = ctx.model_config.hf_config  # vLLM asks for the limits before settings are settled
         pruned = asked(hf_config) or Settings.of(hf_config) is not None
-        return _mixed(GripInfo, type(made))(ctx) if pruned else made
+        stock_class: type = type(made)
+        return _mixed(GripInfo, stock_class)(ctx) if pruned else made
 
     def processor(info: Any, dummy_inputs: Any) -> Any:
         made = stock.processor(info, dummy_inputs)
         settings = Settings.of(info.ctx.model_config.hf_config)
         if settings is None:
             return made
-        pruning = _mixed(GripProcessor, type(made))(info, dummy_inputs)
+        stock_class: type = type(made)
+        pruning = _mixed(GripProcessor, stock_class)(info, dummy_inputs)
         pruning.grip, pruning.served = settings, SERVED[architecture]
         return pruning
 

@@ -13,10 +13,10 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
-from ...families.table import FAMILIES, Parts
-from ...hub.checkpoint import attached_folder
 from ...config import GripConfig
 from ...errors import ConfigError, ScorerError, UnsupportedModelError
+from ...families.table import FAMILIES, Parts
+from ...hub.checkpoint import attached_folder
 from ...hub.resolve import resolve
 from ...selectors import get_selector
 from ...selectors.base import Selector

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ...families.table import FAMILIES
 from ...errors import ConfigError, HubError, UnsupportedModelError
+from ...families.table import FAMILIES
 from .families import SERVED
 from .settings import NAME, Settings, asked, settle
 
@@ -79,7 +79,7 @@ def refuse(model_config: Any) -> None:
         raise ConfigError("grip_hf prunes pictures only; leave out --video-pruning-rate")
     if multimodal is not None and NAME in (multimodal.mm_processor_kwargs or {}):
         raise ConfigError(
-            f"--mm-processor-kwargs holds {NAME!r}; a server's settings belong in --hf-overrides '{{\"{NAME}\": {{}}}}'"
+            f"--mm-processor-kwargs holds {NAME!r}; a server's settings belong in --hf-overrides '{{{NAME!r}: ...}}'"
         )
 
 
