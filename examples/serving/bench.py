@@ -44,7 +44,8 @@ def server(folder: Path, *options: str, dtype: str, length: int):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [Path(sys.executable).with_name("vllm"), "serve", folder, "--port", str(port), "--dtype", dtype]
-    command += ["--max-model-len", str(length), "--served-model-name", "shape", "--no-enable-prefix-caching", *options]
+    command += ["--max-model-len", str(length), "--served-model-name", "shape", "--no-enable-prefix-caching"]
+    command += ["--trust-request-mm-kwargs", *options]
     with open(folder / f"{port}.log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -91,7 +92,7 @@ async def load(url: str, budget: float | None, bodies: list, concurrent: int, to
             )
             first = None
             async for part in stream:
-                if part.choices and first is None and part.choices[0].delta.content:
+                if part.choices and first is None:  # vLLM opens a stream with the first token
                     first = time.perf_counter() - begin
                 if part.usage:
                     prompts.append(part.usage.prompt_tokens)
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="new tokens of an answer")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile, whose start takes minutes")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     shape = get_shape(asked.shape)
@@ -139,9 +141,10 @@ def main() -> None:
         write_checkpoint(shape, folder, getattr(torch, asked.dtype), asked.seed)
         length = min(2048, shape.text["max_position_embeddings"])
         usual = {"dtype": asked.dtype, "length": length}
+        eager = ["--enforce-eager"] if asked.eager else []
         with (
-            server(folder, "--hf-overrides", '{"grip": false}', **usual) as stock,
-            server(folder, "--hf-overrides", json.dumps({"grip": {"keep_ratio": budgets[0]}}), **usual) as pruning,
+            server(folder, "--hf-overrides", '{"grip": false}', *eager, **usual) as stock,
+            server(folder, *eager, **usual) as pruning,
         ):
             size = block_size(stock)
             variants = [(STOCK, stock, None), *((f"{budget:.0%}", pruning, budget) for budget in budgets)]
