@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..engine.upstream import cache_name, returned_cache
+from ..engine.cache import returned
+from ..engine.upstream import cache_name
 from ..families.table import find_parts
 from ..patch import apply_grip, remove_grip
 from ..scorer.model import GripScorer, GripScorerConfig
@@ -35,7 +36,7 @@ class Variant:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class Timing:
     """What one run gave.
 
     Attributes:
@@ -84,7 +85,7 @@ class Bench:
         return get_selector(name, scorer=GripScorer(config).to(self.model.device, self.model.dtype).eval())
 
     @torch.no_grad()
-    def run(self, variant: Variant) -> Sample:
+    def run(self, variant: Variant) -> Timing:
         """Run one variant; the model is left unpatched."""
         floor = variant.selector is None and variant.num_tokens
         if floor and floor not in self.kept:
@@ -99,7 +100,7 @@ class Bench:
                 ms, size = self.watch.spans(), cache_bytes(cache)
                 lengths = tuple(layer.keys.shape[-2] for layer in cache.layers)
                 ms["decode"], hook_us = self._decode(token, cache)
-                return Sample(ms, hook_us, size, peak(), lengths)
+                return Timing(ms, hook_us, size, peak(), lengths)
         finally:
             remove_grip(self.model)
 
@@ -111,7 +112,7 @@ class Bench:
         output = self.model(**inputs, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         self.watch.mark("end")
-        return token, returned_cache(output)
+        return token, returned(output)
 
     def _floor(self, num_tokens: int) -> tuple[Tensor, Any]:
         """The first token from the embeddings that pruning left, without the patch and the vision tower."""
