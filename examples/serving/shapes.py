@@ -27,7 +27,7 @@ def write_checkpoint(shape: Shape, folder: Path, dtype: torch.dtype, seed: int =
     model = build_model(shape, "cpu", dtype, seed=seed)
     model.config.architectures = ["LlavaForConditionalGeneration"]
     scorer = GripScorer(GripScorerConfig(hidden_size=shape.text["hidden_size"]))
-    apply_grip(model, scorer, keep_ratio=0.5)
+    apply_grip(model, scorer=scorer, keep_ratio=0.5)
     model.save_pretrained(folder)  # with its GRIP part
     name_for_all_readers(folder / "model.safetensors")
     build_processor(shape).save_pretrained(folder)

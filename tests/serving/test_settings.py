@@ -42,6 +42,11 @@ def test_without_settings_and_part_nothing_is_pruned(tmp_path):
     assert settle(config(), str(tmp_path), None) is None
 
 
+def test_without_a_scorer_a_budget_is_filled_as_apply_grip_does(tmp_path):
+    settings = settle(config(grip={"keep_ratio": 0.5}), str(tmp_path), None)
+    assert settings.config.selector == "cdpruner" and settings.reads_question
+
+
 def test_settings_win_over_those_of_the_part(tmp_path):
     settings = settle(config(grip={"num_tokens": 5}), str(WEIGHTS), None)
     assert (settings.config.keep_ratio, settings.config.num_tokens) == (None, 5)
@@ -60,7 +65,7 @@ def test_these_selectors_read_no_question(selector, tmp_path):
     ("grip", "message"),
     [
         ({"keep_ratio": 0}, "keep_ratio must be a number"),
-        ({"keep_ratio": 0.5}, "needs a scorer, and .* carries none"),
+        ({"keep_ratio": 0.5, "selector": "grip"}, "needs a scorer, and .* carries none"),
         ({"selector": "grid"}, "exactly one of keep_ratio and num_tokens"),
         ({"selector": "grid", "keep_ratio": 0.5, "selector_kwargs": {"x": 1}}, "takes the arguments"),
         ({"selector": "visionzip", "keep_ratio": 0.5}, "not served by vLLM"),

@@ -34,8 +34,8 @@ def test_the_learned_scorer_keeps_what_it_keeps_in_transformers(family, tmp_path
     model, processor = load(folder)
     ones, twos = asks_of(family)
     settings = {"keep_ratio": 0.3, "scope": "image"}
-    want = reference(model, processor, ones + twos, scorer, **settings)
-    unpruned = reference(model, processor, ones, scorer, keep_ratio=1.0)
+    want = reference(model, processor, ones + twos, scorer=scorer, **settings)
+    unpruned = reference(model, processor, ones, scorer=scorer, keep_ratio=1.0)
     grid = reference(model, processor, ones, selector="grid", **settings)
     # What is kept, and what is not, shows in the answers; else their equality would say little.
     assert sum(a != b for a, b in zip(want, unpruned, strict=False)) >= 9
@@ -45,7 +45,7 @@ def test_the_learned_scorer_keeps_what_it_keeps_in_transformers(family, tmp_path
         everything = [Ask(one.pictures, one.prompt, {"keep_ratio": 1.0}) for one in ones]
         assert ask(llm, everything) == unpruned
         counted = [Ask(one.pictures, one.prompt, {"num_tokens": 5}) for one in ones + twos]
-        assert ask(llm, counted) == reference(model, processor, counted, scorer, **settings)
+        assert ask(llm, counted) == reference(model, processor, counted, scorer=scorer, **settings)
 
 
 @pytest.mark.parametrize("selector", ["similarity", "diversity", "cdpruner", "grid", "random"])
@@ -63,7 +63,7 @@ def test_a_scorer_that_reads_no_question_is_served(tmp_path):
     folder = write("llava", tmp_path / "model")
     scorer = write_scorer(tmp_path / "scorer", HIDDEN, query_aware=False)
     ones, _ = asks_of("llava")
-    want = reference(*load(folder), ones, scorer, keep_ratio=0.3)
+    want = reference(*load(folder), ones, scorer=scorer, keep_ratio=0.3)
     with engine(folder, {"scorer": scorer, "keep_ratio": 0.3}) as llm:
         assert ask(llm, ones) == want
 

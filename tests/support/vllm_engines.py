@@ -80,12 +80,12 @@ def outputs(llm, asks, tokens=8, **sampling):
     return llm.generate([one.request() for one in asks], settings, use_tqdm=False)
 
 
-def reference(model, processor, asks, *source, tokens=8, **settings):
+def reference(model, processor, asks, tokens=8, **settings):
     """Answers of the patched transformers model, one request at a time; a request's budget replaces the model's."""
     answers = []
     for one in asks:
         own = {name: value for name, value in settings.items() if not one.budget or name not in BUDGETS}
-        apply_grip(model, *source, **own, **(one.budget or {}))
+        apply_grip(model, **own, **(one.budget or {}))
         pictures = one.pictures if isinstance(one.pictures, list) else [one.pictures]
         inputs = processor(text=[one.prompt], images=[pictures], return_tensors="pt")
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=None)

@@ -1,4 +1,4 @@
-"""Which rows of encoded pictures stay: the selector's choice, made exactly as in a patched transformers model."""
+"""Which rows of encoded pictures stay: a selector's choice, from the batch that `apply_grip` would show it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from ...engine.budgets import Budget
-from ...engine.choice import Score, choose
+from ...engine.choice import Score
+from ...engine.grouping import group_tokens
+from ...engine.keepsets import VisualBatch, topk_mask
 from ...families.layouts import Scene
 from ...families.table import Family
 from .positions import embedded_span
@@ -47,6 +49,7 @@ def embed(picture: Picture, table: Any, width: int) -> Tensor:
     return rows
 
 
+@torch.no_grad()
 def choose_rows(
     pictures: list[Picture], embedded: list[Tensor], selector: Score, family: Family, base: Any, width: int
 ) -> list[Tensor]:
@@ -62,23 +65,33 @@ def choose_rows(
 
     Returns:
         For each picture [R] bool, what stays of its content: all that is not visual, and `kept` visual tokens.
+
+    Raises:
+        NonFiniteScoreError: A score is NaN or infinite.
     """
     device = embedded[0].device
-    lengths = [len(one.text) for one in pictures]
-    visual = _stack([torch.nn.functional.pad(one.visual, (len(one.text), 0)) for one in pictures], 0).to(device)
-    scene = Scene(
-        visual,
-        _stack([torch.cat([one.text, one.content]) for one in pictures], -1).to(device),
-        _stack([rows[:, :width] for rows in embedded], 0),
-        _axes(pictures, visual),
-        base,
-        family.tile(base.config),
+    lengths = torch.tensor([len(one.text) for one in pictures], device=device)
+    visual = _stack([pad(one.visual, (len(one.text), 0)) for one in pictures], 0).to(device)
+    ids = _stack([torch.cat([one.text, one.content]) for one in pictures], -1).to(device)
+    embeds = _stack([rows[:, :width] for rows in embedded], 0)
+    scene = Scene(visual, ids, embeds, _axes(pictures, visual), base, family.tile(base.config))
+    image, positions = family.layout(scene)
+    groups = group_tokens(visual)
+    words = embeds[:, : int(lengths.max())]
+    text_mask = torch.arange(words.shape[1], device=device) < lengths[:, None]
+    batch = VisualBatch(
+        tokens=groups.pick(embeds),
+        mask=groups.mask,
+        text=words.masked_fill(~text_mask[..., None], 0),
+        text_mask=text_mask,
+        budgets=torch.tensor([one.kept for one in pictures], device=device),
+        positions=groups.pick(positions),
+        image_index=groups.pick(image),
     )
-    text = torch.arange(visual.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
-    budget = Budget(num_tokens=tuple(one.kept for one in pictures))
-    choice = choose(selector, budget, False, family.layout, scene, text, {})
-    stays = torch.ones_like(visual) if choice is None else ~visual | choice.keep
-    return [row[start : start + len(one.content)] for row, start, one in zip(stays, lengths, pictures, strict=True)]
+    scores = selector(batch)
+    assert scores is not None  # None is for selectors that drop tokens elsewhere, which are not served
+    stays = ~visual | groups.scatter(topk_mask(scores.float(), groups.mask, batch.budgets), visual)
+    return [row[len(one.text) : len(one.text) + len(one.content)] for row, one in zip(stays, pictures, strict=True)]
 
 
 def _stack(rows: list[Tensor], fill: int) -> Tensor:

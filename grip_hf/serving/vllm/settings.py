@@ -80,9 +80,11 @@ class Settings:
     def selector(self, hf_config: Any) -> Selector:
         """Build what chooses the tokens."""
         kwargs = dict(self.config.selector_kwargs)
-        if self.config.selector == "grip" and "scorer" not in kwargs:
-            settled = {"selector": "grip", "keep_ratio": self.config.keep_ratio, "num_tokens": self.config.num_tokens}
-            kwargs["scorer"] = resolve(_parts(hf_config), self.scorer, None, settled, {"revision": self.revision})[1]
+        if self.config.selector == NAME and "scorer" not in kwargs:
+            own = {"keep_ratio": self.config.keep_ratio, "num_tokens": self.config.num_tokens}
+            found = resolve(_parts(hf_config), None, self.scorer, None, own, {"revision": self.revision})
+            kwargs["scorer"] = found.scorer
+        assert self.config.selector is not None
         return get_selector(self.config.selector, seed=self.config.seed, **kwargs)
 
 
@@ -120,25 +122,26 @@ def _settle(hf_config: Any, given: Any, model: str, revision: str | None) -> Set
         raise ConfigError(f"{NAME} must be an object such as {{'scorer': 'user/scorer'}}, got {given!r}")
     overrides = {name: value for name, value in given.items() if name not in OTHERS}
     scorer, revision = given.get("scorer"), given.get("revision", None if given.get("scorer") else revision)
+    chosen = overrides.get("selector")
+    if chosen not in (None, *SELECTORS):
+        raise ConfigError(f"selector {chosen!r} is not served by vLLM; those that are: {sorted(SELECTORS)}")
     owner = SimpleNamespace(config=SimpleNamespace(_name_or_path=model))
-    selector = overrides.get("selector", NAME)
-    if scorer is None and selector == NAME and attached_folder(owner, revision=revision):
+    if scorer is None and chosen in (None, NAME) and attached_folder(owner, revision=revision):
         scorer = model
     if scorer is None and not overrides:
         return None
-    if selector not in SELECTORS:
-        raise ConfigError(f"selector {selector!r} is not served by vLLM; those that are: {sorted(SELECTORS)}")
-    config, module = resolve(_parts(hf_config), scorer, None, overrides, {"revision": revision})
+    found = resolve(_parts(hf_config), None, scorer, None, overrides, {"revision": revision})
+    config = found.config
     if config.selector not in SELECTORS:
         raise ConfigError(f"selector {config.selector!r} is not served by vLLM; those that are: {sorted(SELECTORS)}")
     if config.position_ids != "original":
         raise ConfigError(f"position_ids={config.position_ids!r} is not served by vLLM; use 'original'")
-    aware = getattr(getattr(module, "config", None), "query_aware", True)
-    if config.selector == "grip" and module is None and "scorer" not in config.selector_kwargs:
+    if config.selector == NAME and found.scorer is None and "scorer" not in config.selector_kwargs:
         raise ScorerError(
-            f"the selector 'grip' needs a scorer, and {model!r} carries none: give {{{NAME!r}: {{'scorer': ...}}}}, "
+            f"the selector {NAME!r} needs a scorer, and {model!r} carries none: give {{{NAME!r}: {{'scorer': ...}}}}, "
             f"or a selector that needs none, of {sorted(SELECTORS[1:])}"
         )
+    aware = getattr(getattr(found.scorer, "config", None), "query_aware", True)
     settings = Settings(config, scorer, revision, config.selector in ASKING and aware)
     settings.selector(hf_config)  # so that its arguments are refused here
     return settings
