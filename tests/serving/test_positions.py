@@ -1,9 +1,11 @@
 """How positions travel with embeddings, and what a prompt was before it was pruned."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from grip_hf.serving.vllm.positions import embedded_span, grow, read_offsets, write_offsets
+from grip_hf.serving.vllm.positions import embedded_range, embedded_span, grow, read_offsets, write_offsets
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -31,3 +33,9 @@ def test_a_pruned_prompt_grows_back_and_each_token_knows_where_it_was():
 def test_the_embedded_span_is_from_the_first_to_the_last_visual_token():
     content = torch.tensor([5, 7, 7, 6, 7, 5])
     assert embedded_span(content, content == 7) == (1, 5)
+
+
+def test_the_embedded_range_leaves_out_what_stands_around_the_picture():
+    mask = torch.tensor([False, True, True, False])
+    assert embedded_range(SimpleNamespace(offset=10, length=4, is_embed=mask)) == (11, 13)
+    assert embedded_range(SimpleNamespace(offset=10, length=4, is_embed=None)) == (10, 14)

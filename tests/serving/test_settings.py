@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from loopback_hub import Repo
 from vllm_engines import write_scorer
 
 from grip_hf.errors import GripError
@@ -45,6 +46,32 @@ def test_without_settings_and_part_nothing_is_pruned(tmp_path):
 def test_without_a_scorer_a_budget_is_filled_as_apply_grip_does(tmp_path):
     settings = settle(config(grip={"keep_ratio": 0.5}), str(tmp_path), None)
     assert settings.config.selector == "cdpruner" and settings.reads_question
+
+
+def published(hub, name, folder):
+    """A repository with the pocket's GRIP part in this folder of it."""
+    hub.repos[name] = Repo()
+    hub.repos[name].put({f"{folder}{path.name}": path.read_bytes() for path in (WEIGHTS / "grip").iterdir()})
+
+
+def test_a_scorer_comes_from_the_hub_at_a_revision(hub, tmp_path):
+    published(hub, "user/scorer", "")
+    commit = hub.repos["user/scorer"].branches["main"]
+    settings = settle(config(grip={"scorer": "user/scorer", "revision": commit}), str(tmp_path), None)
+    assert (settings.scorer, settings.revision, settings.config.keep_ratio) == ("user/scorer", commit, 0.11)
+    assert settings.selector(config()).scorer.config.hidden_size == 192
+    assert settle(config(grip="user/scorer"), str(tmp_path), None).config.selector == "grip"
+
+
+def test_a_part_on_the_hub_is_found_at_the_models_revision(hub):
+    published(hub, "user/vlm", "grip/")
+    commit = hub.repos["user/vlm"].branches["main"]
+    settings = settle(config(), "user/vlm", commit)
+    assert (settings.scorer, settings.revision) == ("user/vlm", commit)
+    hub.repos["user/plain"] = Repo()
+    assert settle(config(), "user/plain", None) is None
+    with pytest.raises(GripError, match="user/nobody"):
+        settle(config(grip={"scorer": "user/nobody", "keep_ratio": 0.5}), "user/plain", None)
 
 
 def test_settings_win_over_those_of_the_part(tmp_path):

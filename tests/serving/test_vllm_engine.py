@@ -193,6 +193,18 @@ def test_what_cannot_be_served_is_refused_at_the_start(settings, options, messag
         pass
 
 
+def test_registering_keeps_the_hooks_of_vllm_and_can_be_done_twice():
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, Gemma4Config
+
+    from grip_hf.serving.vllm.plugin import register
+
+    register()
+    first = dict(MODELS_CONFIG_MAP)
+    register()
+    assert dict(MODELS_CONFIG_MAP) == first
+    assert first["Gemma4ForConditionalGeneration"].stock is Gemma4Config
+
+
 def test_a_scorer_of_another_model_is_refused_at_the_start(tmp_path):
     from vllm_engines import write_scorer
 

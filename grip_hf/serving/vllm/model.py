@@ -11,7 +11,7 @@ No step asks what kind of runner it is called by: every one calls these four, in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from vllm.multimodal.inputs import PlaceholderRange
 from ...families.table import FAMILIES
 from .choice import Picture, choose_rows, embed
 from .families import SERVED, Served
-from .positions import embedded_span, grow, read_offsets, write_offsets
+from .passes import passes, pick_items
+from .positions import embedded_range, embedded_span, grow, read_offsets, write_offsets
 from .processor import CONTENT, FIELDS, KEPT, PICTURE, TEXT, known_positions
 from .settings import Settings, placeholder_ids
 
@@ -199,42 +200,3 @@ class GripModel:
         if self.grip is not None:
             self.grip.encoded.clear()
         return super().load_weights(weights)  # type: ignore[misc]
-
-
-def embedded_range(position: PlaceholderRange) -> tuple[int, int]:
-    """Where the embedded tokens of a placeholder lie in a prompt: (start, stop)."""
-    if position.is_embed is None:
-        return position.offset, position.offset + position.length
-    inside = position.is_embed.nonzero().flatten()
-    return position.offset + int(inside[0]), position.offset + int(inside[-1]) + 1
-
-
-def passes(pictures: list[int], totals: list[int], limit: int) -> Iterator[list[int]]:
-    """Cut `pictures`, of `totals` visual tokens each, into runs of at most `limit` tokens, or of one picture."""
-    run: list[int] = []
-    for number in pictures:
-        if run and sum(totals[one] for one in run) + totals[number] > limit:
-            yield run
-            run = []
-        run.append(number)
-    if run:
-        yield run
-
-
-def pick_items(kwargs: Mapping[str, Any], chosen: list[int], pictures: int, rows: str | None) -> dict[str, Any]:
-    """The arguments of the `chosen` ones of several pictures; `rows` names the one with the rows of flat arguments."""
-    if chosen == list(range(pictures)):
-        return dict(kwargs)
-    counts = [1] * pictures if rows is None else [int(torch.as_tensor(one).prod()) for one in kwargs[rows]]
-    firsts = [sum(counts[:number]) for number in range(pictures)]
-    flat = [row for number in chosen for row in range(firsts[number], firsts[number] + counts[number])]
-
-    def pick(value: Any) -> Any:
-        if not isinstance(value, (Tensor, list, tuple)) or (isinstance(value, Tensor) and not value.ndim):
-            return value
-        if len(value) not in (pictures, sum(counts)):
-            return value
-        index = chosen if len(value) == pictures else flat
-        return value[index] if isinstance(value, Tensor) else [value[one] for one in index]
-
-    return {name: pick(value) for name, value in kwargs.items()}

@@ -7,6 +7,8 @@ the embeddings, in channels of its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,14 @@ def embedded_span(content: Tensor, visual: Tensor) -> tuple[int, int]:
     """From the first to behind the last visual token of a picture's unpruned content [R]; `visual` [R] bool."""
     seen = visual.nonzero().flatten()
     return int(seen[0]), int(seen[-1]) + 1
+
+
+def embedded_range(position: Any) -> tuple[int, int]:
+    """Where the embedded tokens of a `PlaceholderRange` lie in a prompt: (start, stop)."""
+    if position.is_embed is None:
+        return position.offset, position.offset + position.length
+    inside = position.is_embed.nonzero().flatten()
+    return position.offset + int(inside[0]), position.offset + int(inside[-1]) + 1
 
 
 def grow(tokens: list[int], spans: list[tuple[int, int]], regions: list[list[int]]) -> tuple[list[int], list[int]]:
