@@ -114,7 +114,11 @@ def test_a_picture_is_encoded_once_for_all_questions_and_budgets(llm, asks, scen
 def test_memory_is_profiled_for_what_is_encoded_and_held_for_what_is_kept(llm, asks):
     """Profiling and the encoder's budget see 144 tokens a picture, the encoder cache holds 16."""
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    assert runner.mm_budget.mm_max_toks_per_item == {"image": TOTAL}
+    budget = runner.mm_budget
+    assert budget.mm_max_toks_per_item == {"image": TOTAL}
+    seen = encodings(llm)
+    runner.profile_run()
+    assert sum(seen) == budget.mm_max_items_per_batch["image"] == 768 // TOTAL
     ask(llm, asks[:1], TOKENS)
     (held,) = runner.encoder_cache.values()
     assert len(held) == 16

@@ -62,6 +62,16 @@ def test_selectors_without_training_are_served_too(family, selector, tmp_path):
         assert ask(llm, ones + twos) == want
 
 
+def test_positions_of_several_axes_are_kept_by_a_compiled_model_too(tmp_path):
+    """M-RoPE positions are moved in the runner's own buffer, which torch.compile wants as it is."""
+    folder, scorer = write("qwen2_5_vl", tmp_path / "model"), write_scorer(tmp_path / "scorer", HIDDEN)
+    ones, _ = asks_of("qwen2_5_vl")
+    want = reference(*load(folder), ones, scorer=scorer, keep_ratio=0.3)
+    with engine(folder, {"scorer": scorer, "keep_ratio": 0.3}, enforce_eager=False) as llm:
+        assert ask(llm, ones) == want
+        assert [answer for one in ones for answer in ask(llm, [one])] == want
+
+
 def test_a_scorer_that_reads_no_question_is_served(tmp_path):
     folder = write("llava", tmp_path / "model")
     scorer = write_scorer(tmp_path / "scorer", HIDDEN, query_aware=False)

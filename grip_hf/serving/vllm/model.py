@@ -67,7 +67,7 @@ class Pruner:
     def keep(self, encoded: Mapping[tuple[int, ...], Tensor]) -> None:
         """Keep what was encoded last for other questions about the same pictures, as much as one pass encodes."""
         for one, features in encoded.items():
-            if one not in self.encoded and len(features) <= self.encoded.maxsize:
+            if len(one) > 1 and one not in self.encoded and len(features) <= self.encoded.maxsize:
                 self.encoded[one] = features.clone()  # not a view, which would hold on to the whole batch
 
     def span(self, content: Tensor) -> tuple[int, int]:
@@ -123,7 +123,7 @@ class GripModel:
         if self.grip is None:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         wanted = {name: kwargs.pop(name) for name in FIELDS}
-        prints = [tuple(one.tolist()) for one in wanted[PICTURE]]
+        prints = [tuple(one.tolist()) if one.any() else (number,) for number, one in enumerate(wanted[PICTURE])]
         totals = [int(torch.isin(content, self.grip.ids).sum()) for content in wanted[CONTENT]]
         encoded = {one: self.grip.encoded[one] for one in prints if one in self.grip.encoded}
         fresh = [number for number, one in enumerate(prints) if one not in encoded and prints.index(one) == number]

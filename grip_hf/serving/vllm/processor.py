@@ -24,9 +24,9 @@ from .families import SERVED, Served
 from .positions import embedded_span
 from .settings import NAME, Settings, asked, placeholder_ids
 
-BUDGET, QUESTION, DIGEST = "grip_budget", "grip_question", "grip_settings"
+BUDGET, QUESTION, DIGEST, DUMMY = "grip_budget", "grip_question", "grip_settings", "grip_dummy"
 CONTENT, KEPT, TEXT, PICTURE = FIELDS = ("grip_content", "grip_kept", "grip_text", "grip_picture")
-ADDED = (NAME, BUDGET, QUESTION, DIGEST)
+ADDED = (NAME, BUDGET, QUESTION, DIGEST, DUMMY)
 EVERYTHING = {"keep_ratio": 1.0}
 PICTURES = "image"
 
@@ -77,15 +77,15 @@ class GripProcessor:
             ConfigError: Its budget is not allowed, it shares a budget over several pictures, holds something else
                 than pictures, or is longer than the model's positions. vLLM answers with status 400.
         """
-        kwargs = dict(inputs.hf_processor_mm_kwargs)
-        ratio, number = self.grip.budget(kwargs.pop(NAME, None))
+        given, kwargs = inputs.hf_processor_mm_kwargs.get(NAME), _stock(inputs.hf_processor_mm_kwargs)
+        ratio, number = self.grip.budget(given)
         pictures = self._pictures(inputs.mm_data_items)
         if pictures > 1 and self.grip.config.scope != "image" and ratio != 1:
             raise ConfigError(
                 f"{pictures} pictures cannot share one budget, since vLLM encodes them one by one: serve with "
                 f"{{{NAME!r}: {{'scope': 'image'}}}}, or ask for keep_ratio 1"
             )
-        kwargs |= {BUDGET: [ratio or 0.0, number or 0], DIGEST: self.grip.digest}
+        kwargs |= {BUDGET: [ratio or 0.0, number or 0], DIGEST: self.grip.digest, DUMMY: given is EVERYTHING}
         if self.grip.reads_question and ratio != 1:
             kwargs[QUESTION] = np.array(self._question(inputs), dtype=np.int64).tobytes()
         return super().apply(  # type: ignore[misc]
@@ -107,12 +107,9 @@ class GripProcessor:
             stock = _stock(inputs.hf_processor_mm_kwargs)
             pictures = _OnePatchEach(self._pictures(inputs.mm_data_items))
             updates = super()._get_mm_prompt_updates(inputs.mm_data_items, stock, pictures)  # type: ignore[misc]
-            ids, _ = super()._apply_prompt_updates(self._postprocess_prompt(ids), updates)  # type: ignore[misc]
+            ids, _ = super()._apply_prompt_updates(super()._postprocess_prompt(ids), updates)  # type: ignore[misc]
         visual = placeholder_ids(self.info.get_hf_config())
         return [token for token in ids if token not in visual]
-
-    def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
-        return super()._postprocess_prompt(prompt)  # type: ignore[misc]
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         return super()._apply_hf_processor_main(mm_items, _stock(hf_kwargs))  # type: ignore[misc]
@@ -143,15 +140,21 @@ class GripProcessor:
         items, groups = out_mm_kwargs.get(PICTURES, []), updates.get(PICTURES, [])
         pruned = [
             [prune(item, picture, one) for one in group]
-            for item, picture, group in zip(items, self._digests(mm_items, stock), groups, strict=True)
+            for item, picture, group in zip(items, self._prints(mm_items, hf_processor_mm_kwargs), groups, strict=True)
         ]
         return {**updates, PICTURES: pruned} if PICTURES in updates else updates
 
-    def _digests(self, mm_items: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """For each picture [4] long, a fingerprint of what its encoder sees; it tells no question and no budget."""
+    def _prints(self, mm_items: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """For each picture [4] long, a fingerprint of what its encoder sees, whatever is asked about it.
+
+        Those of profiling have none, so that each is encoded, although they are all the same.
+        """
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         pictures = mm_items[PICTURES].get_all_items_for_hash() if PICTURES in mm_items else []
-        prints = [MultiModalHasher.hash_kwargs(algorithm, image=picture, kwargs=kwargs) for picture in pictures]
+        if kwargs[DUMMY]:
+            return [torch.zeros(4, dtype=torch.long)] * len(pictures)
+        stock = _stock(kwargs)
+        prints = [MultiModalHasher.hash_kwargs(algorithm, image=picture, kwargs=stock) for picture in pictures]
         return [torch.frombuffer(bytearray.fromhex(one)[:32], dtype=torch.int64) for one in prints]
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
