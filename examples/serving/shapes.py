@@ -10,7 +10,7 @@ from transformers.models.clip import CLIPImageProcessorPil
 
 from grip_hf import GripScorer, apply_grip
 from grip_hf.errors import ConfigError
-from grip_hf.evaluation.shapes import Shape, build_model
+from grip_hf.evaluation.shapes import Shape, build_shape
 from grip_hf.pocket.model import CHAT_TEMPLATE
 from grip_hf.pocket.names import name_for_all_readers
 from grip_hf.scorer import GripScorerConfig
@@ -24,7 +24,7 @@ def write_checkpoint(shape: Shape, folder: Path, dtype: torch.dtype, seed: int =
     """
     if shape.family != "llava":
         raise ConfigError(f"only shapes of LLaVA can be served here, not {shape.family!r}")
-    model = build_model(shape, "cpu", dtype, seed=seed)
+    model = build_shape(shape, "cpu", dtype, seed=seed)
     model.config.architectures = ["LlavaForConditionalGeneration"]
     scorer = GripScorer(GripScorerConfig(hidden_size=shape.text["hidden_size"]))
     apply_grip(model, scorer=scorer, keep_ratio=0.5)
