@@ -8,8 +8,8 @@ import argparse
 import torch
 
 from grip_hf import GripConfig, apply_grip
+from grip_hf.engine.keepsets import VisualBatch
 from grip_hf.pocket import load_pocket_llava, make_scene
-from grip_hf.selection import VisualBatch
 from grip_hf.selectors import register
 from grip_hf.selectors.base import Selector
 

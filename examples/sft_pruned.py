@@ -19,8 +19,8 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from grip_hf import apply_grip
+from grip_hf.pocket.examples import PocketExamples
 from grip_hf.pocket.model import WEIGHTS
-from grip_hf.training.pocket_examples import PocketExamples
 
 LANGUAGE_MODEL_ONLY = r".*(language_model|text_model)\.layers.*(q|k|v|o|gate|up|down)_proj"
 POCKET = {"model_name_or_path": "pocket", "dataset_name": "pocket", "use_peft": True, "bf16": False}

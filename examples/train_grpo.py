@@ -17,13 +17,13 @@ from transformers import set_seed
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from grip_hf import GripScorer
-from grip_hf.scorer import GripScorerConfig
+from grip_hf.frozen.sources import load_model, load_rows
+from grip_hf.frozen.store import SampleStore
+from grip_hf.frozen.vlm import FrozenVLM
+from grip_hf.pocket.examples import PocketExamples, load_pocket
+from grip_hf.scorer.model import GripScorerConfig
 from grip_hf.training.checkpoints import last_checkpoint, save_scorer
-from grip_hf.training.features import FrozenVLM
 from grip_hf.training.grpo import DEFAULTS, FIXED, make_grpo_trainer
-from grip_hf.training.pocket_examples import PocketExamples
-from grip_hf.training.sources import load_model, load_pocket, load_rows
-from grip_hf.training.store import SampleStore
 from grip_hf.training.supervised import training_arguments
 from grip_hf.training.warmup import WarmupTrainer
 

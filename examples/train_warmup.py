@@ -8,11 +8,11 @@ import argparse
 from pathlib import Path
 
 from grip_hf import apply_grip
-from grip_hf.training.features import FrozenVLM
+from grip_hf.frozen.sources import load_model, load_rows
+from grip_hf.frozen.store import SampleStore
+from grip_hf.frozen.vlm import FrozenVLM
+from grip_hf.pocket.examples import PocketExamples, load_pocket
 from grip_hf.training.pipeline import Plan, train
-from grip_hf.training.pocket_examples import PocketExamples
-from grip_hf.training.sources import load_model, load_pocket, load_rows
-from grip_hf.training.store import SampleStore
 
 
 def main():

@@ -2,6 +2,6 @@
 
 from .config import GripConfig
 from .patch import apply_grip, remove_grip
-from .scorer import GripScorer
+from .scorer.model import GripScorer
 
 __all__ = ["GripConfig", "GripScorer", "apply_grip", "remove_grip"]

@@ -10,16 +10,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import taps
-from .architectures import Parts, find_parts, unwrap
-from .attached import CONFIG_FILE, SaveWithGrip
-from .boundary import Boundary
-from .budgets import Budget, current, override
-from .cache import CacheState, state_of
-from .choose import Score
 from .config import GripConfig
+from .engine import taps
+from .engine.budgets import Budget, current, override
+from .engine.cache import CacheState, state_of
+from .engine.choice import Score
+from .engine.hooks import Boundary
+from .engine.upstream import returned_cache
 from .errors import CacheError, ScorerError, UnsupportedModelError
-from .resolve import describe_base, resolve
+from .families.table import Parts, find_parts, unwrap
+from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
+from .hub.resolve import describe_base, resolve
 
 __all__ = ["GripHandle", "apply_grip", "remove_grip", "taps"]
 
@@ -71,7 +72,7 @@ class GripHandle:
         """Which visual tokens a call kept: per sample, their indices among the sample's visual tokens, rising.
 
         Args:
-            cache_or_output: the KV cache of the call, or an output that holds it in `past_key_values`.
+            cache_or_output: the KV cache of the call, or an output that holds it.
 
         Raises:
             CacheError: There is no cache, or it took part in no call with visual tokens.
@@ -88,17 +89,17 @@ class GripHandle:
 
         Args:
             directory: Where to. A card that lies there keeps what people wrote in it.
-            **card: What the card tells: `results`, `training`, `license` (see `grip_hf.card.Facts`).
+            **card: What the card tells: `results`, `training`, `license` (see `grip_hf.hub.card.Facts`).
 
         Raises:
             ConfigError: The selector is a callable, which cannot be saved.
         """
-        from .hub import save  # imported late: it builds on this module's level
+        from .hub.share import save  # imported late: it builds on this module's level
 
         save(self, directory, **card)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes, in one commit; returns its address. See `grip_hf.hub.push`.
+        """Upload what `save_pretrained` writes, in one commit; returns its address. See `grip_hf.hub.share.push`.
 
         Args:
             repo_id: The repository, made if it is missing.
@@ -108,7 +109,7 @@ class GripHandle:
             HubError: The repository holds something else than a scorer, or the Hub did not take the upload, in which
                 case nothing in it was changed.
         """
-        from .hub import push
+        from .hub.share import push
 
         return push(self, repo_id, **options)
 
@@ -207,7 +208,7 @@ def kept_tokens(cache_or_output: Any) -> list[Tensor]:
     """See `GripHandle.kept_tokens`."""
     cache = cache_or_output
     if not hasattr(cache, "get_seq_length"):
-        cache = cache.get("past_key_values") if isinstance(cache, Mapping) else None
+        cache = returned_cache(cache) if isinstance(cache, Mapping) else None
     state: CacheState | None = state_of(cache)
     if state is None:
         raise CacheError(

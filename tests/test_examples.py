@@ -16,7 +16,7 @@ from transformers import AutoProcessor, BatchFeature, LlavaForConditionalGenerat
 from grip_hf import GripScorer, apply_grip
 from grip_hf.errors import GripError
 from grip_hf.pocket import make_scene
-from grip_hf.scorer import GripScorerConfig
+from grip_hf.scorer.model import GripScorerConfig
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))

@@ -1,6 +1,8 @@
 """Imports run one way, downwards, and importing does nothing else."""
 
 import ast
+import collections
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -10,74 +12,84 @@ import pytest
 import grip_hf
 
 ROOT = pathlib.Path(grip_hf.__file__).parent
-# The level of each module or folder; a module may import its own level and lower ones.
-LEVELS = {
-    "errors": 0,
-    "config": 0,
-    "selection": 1,
-    "pruning": 1,
-    "masks": 1,
-    "layout": 1,
-    "grouping": 1,
-    "taps": 1,
-    "features": 1,
-    "blocks": 1,
-    "scorer": 2,
-    "scenes": 2,
-    "architectures": 3,
-    "cache": 2,
-    "budgets": 2,
-    "attention": 3,
-    "choose": 3,
-    "inputs": 3,
-    "outputs": 3,
-    "calls": 3,
-    "boundary": 4,
-    "attached": 2,
-    "card": 2,
-    "download": 2,
-    "resolve": 4,
-    "patch": 5,
-    "hub": 6,
-    "viz": 6,
-    "selectors": 6,
-    "training": 6,
-    "evaluation": 6,
-    "pocket": 6,
-    "cli": 7,
-}
-TORCH_ONLY = ("selection", "pruning", "masks", "layout", "grouping", "taps")
+TORCH_ONLY = ("engine.keepsets", "engine.plan", "engine.masks", "engine.grouping", "engine.taps", "families.geometry")
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
 
 
-def part_of(path):
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path):
+    """Names of the modules of the package that a file imports, also late, inside a function; not for types only."""
+    tree = ast.parse(path.read_text())
+    typed = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    skipped = {inner for node in typed for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(ROOT.parent).with_suffix("").parts[: -node.level] if node.level else ()
+            module = ".".join([*package, *([node.module] if node.module else [])])
+            deeper = [f"{module}.{alias.name}" for alias in node.names]
+            names = [name if name.removeprefix("grip_hf.") in MODULES else module for name in deeper]
+        else:
+            continue
+        yield from {name.removeprefix("grip_hf.") for name in names if name.startswith("grip_hf.")}
+
+
+def order(edges):
+    """The order of a graph {node: set of those before it}; fails on a circle."""
+    try:
+        return list(graphlib.TopologicalSorter(edges).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"imports run in a circle: {' <- '.join(error.args[1])}")
+
+
+def test_folders_import_each_other_one_way():
+    """Folders, and the modules that stand beside them, have an order in which each imports earlier ones alone."""
+    edges = collections.defaultdict(set)
+    for path in FILES:
+        mine = module_of(path).split(".")[0]
+        edges[mine] |= {name.split(".")[0] for name in imports(path)} - {mine}
+    assert order(edges)[-1] == "cli"
+
+
+def test_modules_import_each_other_one_way():
+    """The same for the modules within a folder, whose `__init__` only gathers and is left out."""
+    packages = {module_of(path) for path in FILES if path.name == "__init__.py"}
+    order({module_of(path): set(imports(path)) - packages - {module_of(path)} for path in FILES})
+
+
+def test_the_order_sees_late_imports_and_circles(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path / "grip_hf")
+    monkeypatch.setitem(globals(), "MODULES", {"a", "b"})
+    (tmp_path / "grip_hf").mkdir()
+    for name, text in (("a", "def f():\n    from . import b\n"), ("b", "from grip_hf.a import f\n")):
+        (tmp_path / "grip_hf" / f"{name}.py").write_text(text)
+    edges = {name: set(imports(tmp_path / "grip_hf" / f"{name}.py")) for name in "ab"}
+    assert edges == {"a": {"b"}, "b": {"a"}}
+    with pytest.raises(pytest.fail.Exception, match="circle"):
+        order(edges)
 
 
 def imports_at_the_top(path):
-    """(module name, level) of each import statement that runs when the module is imported."""
+    """Names of the modules that importing a file imports."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            package = path.relative_to(ROOT.parent).with_suffix("").parts[: -node.level] if node.level else ()
-            module = ".".join([*package, *([node.module] if node.module else [])])
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_downwards(path):
-    mine = LEVELS.get(part_of(path), max(LEVELS.values()))
-    for name in imports_at_the_top(path):
-        parts = name.split(".")
-        if parts[0] == "grip_hf" and len(parts) > 1 and parts[1] in LEVELS:
-            assert LEVELS[parts[1]] <= mine, f"{path.name} imports {name}"
+            yield "grip_hf" if node.level else str(node.module)
 
 
 @pytest.mark.parametrize("name", TORCH_ONLY)
 def test_pure_functions_need_torch_alone(name):
-    outside = {module.split(".")[0] for module in imports_at_the_top(ROOT / f"{name}.py")} - {"grip_hf"}
+    outside = {module.split(".")[0] for module in imports_at_the_top(ROOT / f"{name.replace('.', '/')}.py")} - {
+        "grip_hf"
+    }
     assert outside - set(sys.stdlib_module_names) <= {"torch"}
 
 

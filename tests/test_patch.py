@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlavaForConditionalGeneration
 from grip_hf import GripConfig, GripScorer, apply_grip, remove_grip
 from grip_hf.errors import CacheError, ConfigError, GripError, NonFiniteScoreError, ScorerError, UnsupportedModelError
 from grip_hf.patch import taps
-from grip_hf.scorer import GripScorerConfig
+from grip_hf.scorer.model import GripScorerConfig
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -17,7 +17,7 @@ from loopback_hub import WRITER, LoopbackHub, Repo
 from readme import README, ROOT, commands, fenced
 
 pytestmark = pytest.mark.slow
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent / "support"
 MODEL, SCORER, PRUNED = "llava-hf/llava-1.5-7b-hf", "you/grip-llava-1.5-7b", "you/llava-1.5-7b-grip"
 
 

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..architectures import Parts, find_parts
 from ..config import check_num_tokens
+from ..engine.plan import make_plan, take
+from ..engine.upstream import ENCODED
 from ..errors import ConfigError, UnsupportedModelError
-from ..pruning import make_plan, take
-from ..selectors.vision_towers import PREFIX
+from ..families.table import Parts, find_parts
+from ..families.towers import PREFIX
 
 DOWNSAMPLING = "downsampling"  # its name among selectors
 
@@ -37,7 +38,7 @@ def downsample(
         positions: "original" gives each token the position of the patch in its middle, "compact" numbers them on.
 
     Returns:
-        Arguments of the model's forward call, or of `generate`; the encoded pictures stand in `mm_encoder_outputs`.
+        Arguments of the model's forward call, or of `generate`; the encoded pictures stand beside them.
 
     Raises:
         ConfigError: `num_tokens` or `positions` is not allowed.
@@ -70,7 +71,7 @@ def downsample(
         "position_ids": take(where, plan.index)
         if positions == "original"
         else plan.valid.long().cumsum(1).sub(1).clamp(min=0),
-        "mm_encoder_outputs": {"image": pictures},
+        ENCODED: {"image": pictures},
     }
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import transformers
 
-from ..architectures import find_parts
 from ..config import GripConfig
 from ..errors import ConfigError
+from ..families.table import find_parts
 from .flops import prefill_flops
 from .paired import Bench, Sample, Variant
 from .shapes import build_inputs, build_model, get_shape

@@ -9,13 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .. import taps
 from ..config import count_kept
+from ..engine import taps
+from ..engine.keepsets import VisualBatch
 from ..errors import ConfigError
+from ..frozen.samples import Sample
+from ..frozen.vlm import FrozenVLM, pictures
 from ..patch import apply_grip, remove_grip
-from ..selection import VisualBatch
-from ..training.features import FrozenVLM, pictures
-from ..training.samples import Sample
 from .downsampling import check_square, downsample
 
 Scores = Callable[[VisualBatch], Tensor]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..architectures import find_parts
+from ..engine.upstream import cache_name, returned_cache
+from ..families.table import find_parts
 from ..patch import apply_grip, remove_grip
-from ..scorer import GripScorer, GripScorerConfig
+from ..scorer.model import GripScorer, GripScorerConfig
 from ..selectors import get_selector
 from .downsampling import DOWNSAMPLING, check_square, downsample
 from .memory import cache_bytes, peak_memory
@@ -68,6 +69,7 @@ class Bench:
         self, model: Any, inputs: dict[str, Tensor], selectors: Sequence[str], decode_tokens: int, seed: int = 0
     ) -> None:
         self.model, self.inputs, self.decode_tokens = model, inputs, decode_tokens
+        self.cache_name = cache_name(find_parts(model).language_model)
         self.watch = Stopwatch(model.device)
         self.selectors = {name: self._selector(name, seed) for name in selectors}
         self.kept: dict[int, dict[str, Any]] = {}
@@ -109,12 +111,12 @@ class Bench:
         output = self.model(**inputs, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         self.watch.mark("end")
-        return token, output.past_key_values
+        return token, returned_cache(output)
 
     def _floor(self, num_tokens: int) -> tuple[Tensor, Any]:
         """The first token from the embeddings that pruning left, without the patch and the vision tower."""
         cache = DynamicCache(config=self.model.config.get_text_config())
-        inputs = {**self.kept[num_tokens], "past_key_values": cache}
+        inputs = {**self.kept[num_tokens], self.cache_name: cache}
         self.watch.reset()
         self.watch.mark("start")
         output = find_parts(self.model).language_model(**inputs)
@@ -133,7 +135,7 @@ class Bench:
             position = torch.full_like(token, length)
             self.watch.reset()
             self.watch.mark("start")
-            output = self.model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+            output = self.model(input_ids=token, position_ids=position, use_cache=True, **{self.cache_name: cache})
             token = output.logits[:, -1].argmax(-1, keepdim=True)
             self.watch.mark("end")
             milliseconds.append(self.watch.ms("start", "end"))

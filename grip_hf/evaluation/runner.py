@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 
 from ..config import check_keep_ratio
 from ..errors import ConfigError
+from ..frozen.data import Examples
+from ..frozen.vlm import FrozenVLM
 from ..selectors.base import Selector
-from ..training.data import Examples
-from ..training.features import FrozenVLM
 from .methods import Method, Prompts, Pruned, Scores, Unpruned
 from .metrics import UNPRUNED, Row, average, table
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures import find_parts
-from ..selection import VisualBatch
+from ..engine.keepsets import VisualBatch
+from ..families.table import find_parts
 
 # The parts of a call between two marks: name -> (from, to).
 SPANS = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..attached import SUBFOLDER
 from ..errors import ConfigError
+from ..hub.checkpoint import SUBFOLDER
+from ..pocket.examples import PocketExamples
 from ..pocket.model import WEIGHTS
-from ..scorer import GripScorer
+from ..scorer.model import GripScorer
 from ..selectors import SELECTORS, get_selector
 from ..selectors.grip import GripSelector
-from ..training.pocket_examples import PocketExamples
 from .downsampling import DOWNSAMPLING
 from .methods import Downsampling, Oracle
 from .runner import Judged

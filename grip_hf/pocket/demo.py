@@ -13,8 +13,8 @@ from transformers import LlavaProcessor
 from grip_hf.config import GripConfig
 from grip_hf.patch import apply_grip, remove_grip
 from grip_hf.pocket.dense import TOKENS
-from grip_hf.pocket.layout import PATCHES
 from grip_hf.pocket.model import load_pocket_llava
+from grip_hf.pocket.places import PATCHES
 from grip_hf.pocket.questions import Question
 from grip_hf.pocket.scenes import Scene, make_scene
 from grip_hf.viz import contact_sheet, draw_kept

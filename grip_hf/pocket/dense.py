@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from grip_hf.pocket.layout import CELL_PATCHES, CELLS, PATCHES, Item
+from grip_hf.pocket.places import CELL_PATCHES, CELLS, PATCHES, Item
 from grip_hf.pocket.vocabulary import CATEGORIES, COLOURS, LETTERS, WORD_LENGTH
 
 TOKENS = PATCHES * PATCHES

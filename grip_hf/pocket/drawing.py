@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from grip_hf.pocket.layout import CELL_SIZE, CELLS, IMAGE_SIZE, Box, Item, Thing
+from grip_hf.pocket.places import CELL_SIZE, CELLS, IMAGE_SIZE, Box, Item, Thing
 from grip_hf.pocket.sprites import GLYPH_SIZE, PHOTO_SIZE, glyphs, photos, sprites
 from grip_hf.pocket.vocabulary import CATEGORIES, LETTERS, PLATES
 

@@ -134,16 +134,16 @@ class PocketTrainer(nn.Module):
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
-        worth = torch.ones(model.config.text_config.vocab_size)
+        worth = torch.ones(len(self.testbed.words))
         worth[[WORD_IDS[number] for number in NUMBERS]] = 4.0  # counting is what it is slowest to learn
         self.register_buffer("worth", worth, persistent=False)
-        self.heads = self.make_heads()
+        self.heads: Any = self.make_heads()
 
     def make_heads(self) -> nn.Module:
         """The heads of dense supervision."""
         word_ids = {name: [WORD_IDS[word] for word in words] for name, words in NAMED.items()}
-        config = self.model.config
-        return DenseHeads(word_ids, config.text_config.hidden_size, config.vision_config.hidden_size)
+        language, tower = self.model.model.language_model, self.model.model.vision_tower
+        return DenseHeads(word_ids, language.config.hidden_size, tower.config.hidden_size)
 
     @property
     def device(self) -> torch.device:

@@ -26,10 +26,10 @@ class PocketTrainer2(PocketTrainer):
 
     def make_heads(self) -> nn.Module:
         """Classifiers on the tower's states."""
-        return PatchHeads(self.model.config.vision_config.hidden_size)
+        return PatchHeads(self.model.model.vision_tower.config.hidden_size)
 
     def schedule(self, progress: float, stage: str, step: int) -> float:
-        """Fade the guidance; drop tokens that hold no evidence now and then, so that a pruned prompt is not foreign."""
+        """Fade the guidance; now and then drop tokens without evidence, so that a pruned prompt is not foreign."""
         self.guidance = max(0.0, 1 - progress / FADE)
         return 1.0 if stage == "see" or step % DROP_EVERY else float(torch.rand(()) * (1 - LEAST_KEPT) + LEAST_KEPT)
 

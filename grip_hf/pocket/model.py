@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.clip import CLIPImageProcessorPil
 
-from grip_hf.pocket.layout import PATCH_SIZE
+from grip_hf.pocket.places import PATCH_SIZE
 from grip_hf.pocket.testbeds import POCKET, Testbed, get_testbed
 
 WEIGHTS = POCKET.weights

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from grip_hf.pocket.drawing import draw_item, draw_plate, draw_scrap, print_word, ramp
-from grip_hf.pocket.layout import Box
-from grip_hf.pocket.placing import IMAGE_SIZE, LETTER_SIZES, TRIES, Ground, Placed, as_box
+from grip_hf.pocket.places import Box
+from grip_hf.pocket.scatter import IMAGE_SIZE, LETTER_SIZES, TRIES, Ground, Placed, as_box
 from grip_hf.pocket.sprites import PHOTO_SIZE, photos, sprites
 from grip_hf.pocket.vocabulary import COLOURS, LETTERS
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from grip_hf.pocket.layout import covered, token_at
-from grip_hf.pocket.placing import IMAGE_SIZE, LARGEST, SMALLEST, Placed, touched_at
+from grip_hf.pocket.places import covered, token_at
+from grip_hf.pocket.scatter import IMAGE_SIZE, LARGEST, SMALLEST, Placed, touched_at
 from grip_hf.pocket.vocabulary import CATEGORIES, COLOURS, LETTERS, WORD_LENGTH
 
 SIZES = 6  # classes of size, evenly spaced by logarithm

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from grip_hf.pocket.layout import Thing
+from grip_hf.pocket.places import Thing
 from grip_hf.pocket.splits import pair_is_held_out
 from grip_hf.pocket.vocabulary import CATEGORIES, COLOURS, COLUMNS, LETTERS, NUMBERS, ROWS
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grip_hf.pocket.placing import Placed
 from grip_hf.pocket.questions import CHANCE, FAMILIES, Question, ask, single_items
+from grip_hf.pocket.scatter import Placed
 from grip_hf.pocket.vocabulary import CATEGORIES
 
 FAMILIES2 = (*FAMILIES, "size", "owner")

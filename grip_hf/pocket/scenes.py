@@ -6,11 +6,11 @@ import numpy as np
 from PIL import Image
 
 from grip_hf.pocket.drawing import draw_scene
-from grip_hf.pocket.layout import Item, draw_layout
 from grip_hf.pocket.painting import paint_scene
-from grip_hf.pocket.placing import Placed, draw_places
+from grip_hf.pocket.places import Item, draw_layout
 from grip_hf.pocket.questions import Question, ask
 from grip_hf.pocket.questions2 import ask_more
+from grip_hf.pocket.scatter import Placed, draw_places
 from grip_hf.pocket.sprites import STYLES
 from grip_hf.pocket.testbeds import POCKET, POCKET2, get_testbed
 
@@ -32,7 +32,9 @@ class Scene:
     questions: tuple[Question, ...]
 
 
-def make_scene(seed: int, split: str = "test", styles: tuple[str, ...] = STYLES[:2], testbed: str = POCKET.name) -> Scene:
+def make_scene(
+    seed: int, split: str = "test", styles: tuple[str, ...] = STYLES[:2], testbed: str = POCKET.name
+) -> Scene:
     """Compose one scene.
 
     Args:

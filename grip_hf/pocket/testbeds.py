@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from grip_hf.pocket import layout, placing
+from grip_hf.pocket import places, scatter
 from grip_hf.pocket.questions import CHANCE, FAMILIES
 from grip_hf.pocket.questions2 import CHANCE2, FAMILIES2
 from grip_hf.pocket.vocabulary import MORE, vocabulary
@@ -35,7 +35,7 @@ class Testbed:
     @property
     def side(self) -> int:
         """Visual tokens on a side of a picture."""
-        return self.image_size // layout.PATCH_SIZE
+        return self.image_size // places.PATCH_SIZE
 
     @property
     def tokens(self) -> int:
@@ -43,8 +43,8 @@ class Testbed:
         return self.side**2
 
 
-POCKET = Testbed("pocket", layout.IMAGE_SIZE, FAMILIES, CHANCE, vocabulary(), ASSETS / "model")
-POCKET2 = Testbed("pocket2", placing.IMAGE_SIZE, FAMILIES2, CHANCE2, vocabulary(MORE), ASSETS / "model2")
+POCKET = Testbed("pocket", places.IMAGE_SIZE, FAMILIES, CHANCE, vocabulary(), ASSETS / "model")
+POCKET2 = Testbed("pocket2", scatter.IMAGE_SIZE, FAMILIES2, CHANCE2, vocabulary(MORE), ASSETS / "model2")
 TESTBEDS = {testbed.name: testbed for testbed in (POCKET, POCKET2)}
 
 

@@ -1,10 +1,10 @@
 """Train the pocket LLaVA from nothing: `python -m grip_hf.pocket.train --output runs/pocket`.
 
-The model of the second testbed needs a GPU for its recipe: `... --testbed pocket2` with the options in this folder's
-README.md. Stage "see" teaches the tower and projector to name what lies under each visual token; stage "speak" teaches the
+Stage "see" teaches the tower and projector to name what lies under each visual token; stage "speak" teaches the
 language model to answer; stage "both" goes on with everything. On CPU, two processes of one thread beat one of two:
 `ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m grip_hf.pocket.train --output runs/pocket`.
-A run that was stopped goes on from its last checkpoint with the same command.
+A run that was stopped goes on from its last checkpoint with the same command. With `--testbed pocket2` it trains the
+model of the second testbed, by the recipe in this folder's README.md; that takes a GPU minutes and a CPU days.
 """
 
 import json

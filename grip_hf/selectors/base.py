@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from ..selection import VisualBatch
+from ..engine.keepsets import VisualBatch
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

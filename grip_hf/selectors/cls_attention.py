@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..selection import VisualBatch
+from ..engine.keepsets import VisualBatch
 from . import register
 from .base import Selector
-from .vision_taps import Layer, tap_name, tap_vision
+from .taps import Layer, tap_name, tap_vision
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

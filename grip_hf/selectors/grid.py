@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..selection import VisualBatch
+from ..engine.keepsets import VisualBatch
 from . import register
 from .base import Selector
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..engine.keepsets import VisualBatch
 from ..errors import ScorerError
-from ..scorer import GripScorer
-from ..selection import VisualBatch
+from ..scorer.model import GripScorer
 from . import register
 from .base import Selector
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..engine.keepsets import VisualBatch
 from ..errors import ConfigError
-from ..selection import VisualBatch
 from . import register
 from .base import Selector
-from .vision_taps import Layer, tap_name, tap_vision
+from .taps import Layer, tap_name, tap_vision
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import find_parts
+from ..engine.keepsets import VisualBatch, topk_mask
+from ..engine.plan import Plan, expand, make_plan, source_slots, take, take_last
+from ..engine.upstream import attention_kernel, find_cache
 from ..errors import ConfigError, GripError, UnsupportedModelError
-from ..pruning import Plan, expand, make_plan, source_slots, take, take_last
-from ..selection import VisualBatch, topk_mask
+from ..families.table import find_parts
 from .base import Selector
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class InsideSelector(Selector):
 
     def _before_layer(self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run: Run | None = _runs.__dict__.get(str(id(self)))
-        cache = kwargs.get("past_key_values")
+        cache = find_cache(kwargs)
         known = {} if cache is None else cache.__dict__.setdefault("grip_layers", {})
         if run is None or run.budgets is None:
             if index not in known:
@@ -147,7 +148,7 @@ class InsideSelector(Selector):
         if known.keys() & {index} or (cache is not None and index == 0 and int(cache.get_seq_length()) > 0):
             raise GripError(f"selector {self.name!r} cannot take pictures after the first call on a cache")
         hidden = args[0]
-        inner = kwargs if run.plan is None else sliced(kwargs, run.plan, layer.self_attn.config._attn_implementation)
+        inner = kwargs if run.plan is None else sliced(kwargs, run.plan, attention_kernel(layer.self_attn.config))
         for stage, (rank, drop) in enumerate(self._stages):
             if index == rank:
                 real, asking = run.real, run.asking
@@ -159,7 +160,7 @@ class InsideSelector(Selector):
                 assert run.scores is not None
                 step, run.plan = self._drop(run, stage)
                 hidden = take(hidden, step.index)
-                inner = sliced(kwargs, run.plan, layer.self_attn.config._attn_implementation)
+                inner = sliced(kwargs, run.plan, attention_kernel(layer.self_attn.config))
         if run.plan is None:
             return None
         if cache is not None:

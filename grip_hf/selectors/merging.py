@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..architectures import find_parts
+from ..engine.keepsets import VisualBatch
+from ..engine.taps import publish
 from ..errors import UnsupportedModelError
-from ..selection import VisualBatch
-from ..taps import publish
+from ..families.table import find_parts
 from .base import Selector
-from .vision_taps import find_tower, tap_name, tap_vision
+from .taps import find_tower, tap_name, tap_vision
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.keepsets import VisualBatch, topk_mask
 from ..errors import ConfigError
-from ..selection import VisualBatch, topk_mask
 from . import register
 from .grid import snake
 from .merging import FEATURES, KEYS, SALIENCE, MergingSelector

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..selection import VisualBatch
+from ..engine.keepsets import VisualBatch
 from . import register
 from .base import Selector
 

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..engine.keepsets import VisualBatch
 from ..errors import ConfigError
-from ..features import cosines, lengths
-from ..selection import VisualBatch
+from ..scorer.hints import cosines, lengths
 from . import register
 from .base import Selector
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..selection import VisualBatch
+from ..engine.keepsets import VisualBatch
 from . import register
 from .inside import Run, on_the_call
 from .pyramiddrop import PyramidDropSelector

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.keepsets import VisualBatch, topk_mask
 from ..errors import ConfigError
-from ..selection import VisualBatch, topk_mask
 from . import register
 from .base import Selector
-from .vision_taps import tap_name, tap_vision
+from .taps import tap_name, tap_vision
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import GripError
-from ..scorer import GripScorer
+from ..scorer.model import GripScorer
 
 STATE = "trainer_state.json"
 

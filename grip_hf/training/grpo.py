@@ -10,12 +10,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ..config import count_kept
 from ..errors import ConfigError
-from ..scorer import GripScorer
+from ..frozen.store import SampleStore
+from ..scorer.model import GripScorer
 from .checks import check_copies, check_settings
 from .policy import PruningPolicy, keep_set_tokenizer
 from .rewards import REWARDS, Reward, checked
 from .rollout import BudgetRange, make_rollout
-from .store import SampleStore
 
 DEFAULTS: dict[str, Any] = {
     "loss_type": "dr_grpo",

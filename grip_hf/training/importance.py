@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.keepsets import topk_mask
+from ..engine.upstream import attention_kernel
 from ..errors import UnsupportedModelError
-from ..selection import topk_mask
+from ..frozen.samples import Sample, answer_ids
+from ..frozen.vlm import FrozenVLM
 from ..selectors.cdpruner import greedy_determinant
-from .features import FrozenVLM
-from .samples import Sample, answer_ids
 
 Importance = Callable[[FrozenVLM, Sequence[Sample]], Tensor]
 
@@ -84,7 +85,7 @@ def _watch(vlm: FrozenVLM, samples: Sequence[Sample], gradient: bool = False, at
         return batch["attention_mask"]
 
     language_model: Any = vlm.parts.language_model
-    before = language_model.config._attn_implementation
+    before = attention_kernel(language_model.config)
     if attention:
         language_model.set_attn_implementation("eager")
     try:

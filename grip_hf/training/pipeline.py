@@ -10,15 +10,15 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from ..errors import ConfigError, GripError
-from ..resolve import describe_base
-from ..scorer import GripScorer, GripScorerConfig
+from ..frozen.store import SampleStore
+from ..hub.resolve import describe_base
+from ..scorer.model import GripScorer, GripScorerConfig
 from .checkpoints import last_checkpoint, save_scorer
 from .checks import check_settings
 from .grpo import DEFAULT_REWARDS, grpo_config, make_grpo_trainer, reward_functions
 from .importance import IMPORTANCES
 from .relaxed import RelaxedTrainer
 from .rollout import BudgetRange
-from .store import SampleStore
 from .supervised import training_arguments
 from .warmup import WarmupTrainer
 

@@ -27,9 +27,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..scorer import GripScorer, GripScorerConfig
-from ..selection import VisualBatch
-from .store import SampleStore
+from ..engine.keepsets import VisualBatch
+from ..frozen.store import SampleStore
+from ..scorer.model import GripScorer, GripScorerConfig
 
 # Not -inf: the identity head would make NaN of -inf * 0.
 GONE = -1e9

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..selection import topk_mask
+from ..engine.keepsets import topk_mask
+from ..frozen.samples import answer_ids
+from ..frozen.store import compare
 from .checks import check_settings
 from .policy import score
-from .samples import answer_ids
-from .store import compare
 from .supervised import StoreTrainer
 
 # Weight of a token that is not kept: small enough to vanish, large enough for float32 gradients.

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.keepsets import gumbel_topk
 from ..errors import ConfigError
-from ..selection import gumbel_topk
+from ..frozen.store import SampleStore
 from .policy import score
-from .store import SampleStore
 
 Rollout = Callable[[list[Any], Any], dict[str, Any]]
 

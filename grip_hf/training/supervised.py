@@ -12,10 +12,10 @@ from transformers import Trainer, TrainingArguments
 
 from ..config import count_kept
 from ..errors import ConfigError
-from ..scorer import GripScorer
+from ..frozen.store import SampleStore
+from ..scorer.model import GripScorer
 from .checks import check_copies, check_settings
 from .rollout import BudgetRange
-from .store import SampleStore
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 32,

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..engine.keepsets import VisualBatch, topk_mask
 from ..errors import ConfigError
-from ..selection import VisualBatch, topk_mask
+from ..frozen.samples import Sample
 from .importance import IMPORTANCES, spread_out
 from .policy import score
-from .samples import Sample
 from .supervised import StoreTrainer
 
 

@@ -18,8 +18,8 @@ from loguru import logger
 from tqdm import tqdm
 
 from ...errors import ConfigError, UnsupportedModelError
-from ...training.data import DatasetError
-from ...training.sources import SourceError
+from ...frozen.data import DatasetError
+from ...frozen.sources import SourceError
 from .settings import generation_arguments, split_arguments
 
 

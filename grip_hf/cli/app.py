@@ -1,0 +1,95 @@
+"""The command line: `grip-hf --help`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from grip_hf.cli.bench import bench
+from grip_hf.cli.eval import evaluate
+from grip_hf.cli.pareto import pareto
+from grip_hf.cli.screen import JsonFile, console, in_folder, split_list
+from grip_hf.cli.train import train
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.callback()
+def main() -> None:
+    """Fewer visual tokens for Hugging Face vision-language models."""
+
+
+app.command("bench")(bench)
+app.command("eval")(evaluate)
+app.command("pareto")(pareto)
+app.command("train")(train)
+
+
+@app.command()
+def demo(
+    selectors: Annotated[str, typer.Option(help="Selectors of the summary, separated by commas.")] = (
+        "grip,similarity,diversity,cls_attention,grid,random"
+    ),
+    budgets: Annotated[str, typer.Option(help="Keep ratios of the summary, separated by commas.")] = "0.25,0.11,0.05",
+    show: Annotated[str, typer.Option(help="Selector of the table and the picture.")] = "grip",
+    keep_ratio: Annotated[float, typer.Option(help="Keep ratio of the table and the picture.")] = 0.11,
+    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first scene; choose any.")] = 0,
+    picture: Annotated[
+        Path, typer.Option(callback=in_folder, help="Where to write the picture of the kept tokens.")
+    ] = Path("grip_demo.png"),
+    json_file: JsonFile = None,
+) -> None:
+    """Watch a real, trained LLaVA answer questions with all of its visual tokens and with a fraction of them."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from grip_hf.pocket.demo import means, run_demo
+    from grip_hf.selectors import SELECTORS
+
+    disable_progress_bar()  # each scorer that is loaded would show one
+
+    names = split_list(selectors)
+    ratios = [_ratio(text) for text in split_list(budgets)]
+    unknown = sorted({*names, show} - set(SELECTORS))
+    if unknown:
+        raise typer.BadParameter(f"unknown selectors {unknown}; choose from {', '.join(sorted(SELECTORS))}")
+    with console.status("loading") as status:
+        result = run_demo(names, ratios, (show, _ratio(str(keep_ratio))), scenes, seed, status.update)
+    table = Table(title=f"{show} keeps {keep_ratio:.0%} of the visual tokens")
+    for column in ("question", "truth", "all tokens", "pruned", "kept", "ms, all", "ms, pruned"):
+        table.add_column(column)
+    for row in result.rows:
+        style = None if row.full == row.pruned else "yellow"
+        kept = f"{row.kept}/{row.total}"
+        figures = (f"{row.full_ms:.0f}", f"{row.pruned_ms:.0f}")
+        table.add_row(row.question, row.truth, row.full, row.pruned, kept, *figures, style=style)
+    console.print(table)
+    accuracy = means(result.summary)
+    asked = result.summary[0].asked
+    unpruned = accuracy["none"][1.0]
+    title = f"right answers in %, {asked} questions about {scenes} held-out scenes; all tokens: {unpruned:.1f}"
+    overview = Table(title=title)
+    overview.add_column("selector")
+    for ratio in ratios:
+        overview.add_column(f"keep {ratio:.0%}", justify="right")
+    for name in names:
+        overview.add_row(name, *(f"{accuracy[name][ratio]:.1f}" for ratio in ratios))
+    console.print(overview)
+    result.picture.save(picture)
+    console.print(f"kept tokens drawn in {picture}")
+    console.print("this model is too small for pruning to save much time: `grip-hf bench` times larger ones")
+    if json_file is not None:
+        json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        console.print(f"the same as data in {json_file}")
+
+
+def _ratio(text: str) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        raise typer.BadParameter(f"keep ratio {text!r} is not a number") from None
+    if not 0 < ratio <= 1:
+        raise typer.BadParameter(f"keep ratio {text!r} must lie in (0, 1]")
+    return ratio

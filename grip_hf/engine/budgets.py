@@ -1,0 +1,82 @@
+"""How many tokens each group of a call keeps: the config's budget, or one set for a block of code."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+from ..config import check_keep_ratio, check_num_tokens, check_one_budget, count_kept
+from ..errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """One budget for all samples, or one per sample.
+
+    Attributes:
+        keep_ratio: a ratio in (0, 1], or a tuple with one per sample.
+        num_tokens: a count >= 1, or a tuple with one per sample.
+        everything: True keeps all tokens, whatever the other two say.
+    """
+
+    keep_ratio: float | tuple[float, ...] | None = None
+    num_tokens: int | tuple[int, ...] | None = None
+    everything: bool = False
+
+    @classmethod
+    def checked(cls, keep_ratio: Any = None, num_tokens: Any = None) -> Budget:
+        """Validate a budget given by a user; raise `ConfigError` if it is not allowed."""
+        check_one_budget(keep_ratio, num_tokens)
+        if keep_ratio is not None:
+            return cls(keep_ratio=_each(keep_ratio, check_keep_ratio, "keep_ratio"))
+        return cls(num_tokens=_each(num_tokens, check_num_tokens, "num_tokens"))
+
+    def counts(self, totals: list[int], rows: list[int], batch: int) -> list[int]:
+        """Tokens to keep per group, given each group's number of tokens and its row in a batch of `batch` samples.
+
+        A batch that `generate` repeated for beams keeps the per-sample budgets of its original samples.
+        """
+        if self.everything:
+            return totals
+        ratios = self._per_row(self.keep_ratio, "keep_ratio", batch)
+        numbers = self._per_row(self.num_tokens, "num_tokens", batch)
+        return [count_kept(total, ratios[row], numbers[row]) for total, row in zip(totals, rows, strict=True)]
+
+    def _per_row(self, value: Any, name: str, batch: int) -> list[Any]:
+        if not isinstance(value, tuple):
+            return [value] * batch
+        if batch % len(value):
+            raise ConfigError(f"{name} has {len(value)} values for a batch of {batch} samples; give one per sample")
+        repeats = batch // len(value)
+        return [one for one in value for _ in range(repeats)]
+
+
+def _each(value: Any, check: Any, name: str) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if not value:
+            raise ConfigError(f"{name} must have one value per sample, got {value!r}")
+        return tuple(check(one) for one in value)
+    return check(value)
+
+
+# A stack of (owner, budget), so that several models may be overridden at once. A context variable is private to each
+# thread and to each asyncio task, which makes budgets per call thread-safe.
+_stack: ContextVar[tuple[tuple[object, Budget], ...]] = ContextVar("grip_budgets", default=())
+
+
+@contextlib.contextmanager
+def override(owner: object, budget: Budget) -> Iterator[None]:
+    """Use `budget` for the model that `owner` belongs to within this block, in this thread."""
+    token = _stack.set((*_stack.get(), (owner, budget)))
+    try:
+        yield
+    finally:
+        _stack.reset(token)
+
+
+def current(owner: object) -> Budget | None:
+    """The innermost budget set for `owner` in this thread, if any."""
+    return next((budget for key, budget in reversed(_stack.get()) if key is owner), None)

@@ -1,0 +1,90 @@
+"""From one call's tensors to a `VisualBatch` and back to a mask of positions to keep. Pure tensor functions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..errors import GripError
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The visual tokens of a batch, one row per group (a sample, or one image of a sample).
+
+    Attributes:
+        row: [G] long, the batch row of each group.
+        place: [G, N] long, the position of each token in its row; 0 at padding.
+        mask: [G, N] bool, True at real tokens.
+    """
+
+    row: Tensor
+    place: Tensor
+    mask: Tensor
+
+    def pick(self, values: Tensor) -> Tensor:
+        """[B, L, ...] values of the tokens: [G, N, ...], zeros at padding."""
+        picked = values[self.row[:, None], self.place]
+        mask = self.mask.view(*self.mask.shape, *[1] * (picked.ndim - 2))
+        return picked.masked_fill(~mask, 0)
+
+    def place_values(self, values: Tensor, embeds: Tensor) -> Tensor:
+        """[B, L, D]: `embeds` with the tokens of the groups replaced by `values` [G, N, D]."""
+        result = embeds.clone()
+        result[self.row[:, None].expand_as(self.mask)[self.mask], self.place[self.mask]] = values[self.mask].to(embeds)
+        return result
+
+    def scatter(self, keep: Tensor, visual: Tensor) -> Tensor:
+        """[B, L] bool: the tokens of `visual` that `keep` [G, N] bool keeps."""
+        result = torch.zeros_like(visual)
+        chosen = keep & self.mask
+        result[self.row[:, None].expand_as(chosen)[chosen], self.place[chosen]] = True
+        return result
+
+
+def group_tokens(visual: Tensor, image: Tensor | None) -> Groups:
+    """Group the True positions of `visual` [B, L] by row, or by (row, image) if `image` [B, L] long is given.
+
+    Rows without visual tokens have no group.
+    """
+    rows, places = visual.nonzero(as_tuple=True)
+    keys = rows if image is None else rows * (int(image.max()) + 1) + image[rows, places]
+    # The positions of a group need not adjoin; a stable sort brings them together in their order.
+    keys, order = keys.sort(stable=True)
+    rows, places = rows[order], places[order]
+    _, group, counts = keys.unique_consecutive(return_inverse=True, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    slot = torch.arange(len(keys), device=keys.device) - starts[group]
+    width = int(counts.max()) if len(counts) else 0
+    place = places.new_zeros(len(counts), width)
+    place[group, slot] = places
+    mask = torch.arange(width, device=visual.device) < counts[:, None]
+    return Groups(rows[starts], place, mask)
+
+
+def spread_taps(tap: Tensor, visual: Tensor, name: str) -> Tensor:
+    """[B, L, ...] from the rows of a tap [tokens, ...], which `generate` may have repeated for beams since.
+
+    Raises:
+        GripError: The tap has another number of rows than the batch has visual tokens.
+    """
+    total, rows = int(visual.sum()), len(visual)
+    repeats = total // max(len(tap), 1)
+    if repeats == 0 or len(tap) * repeats != total or rows % repeats:
+        raise GripError(f"tap {name!r} has {len(tap)} rows for {total} visual tokens in {rows} samples")
+    spread = tap.new_zeros(*visual.shape, *tap.shape[1:], device=visual.device)
+    spread[visual] = tap[_repeat_rows(visual, repeats)].to(visual.device)
+    return spread
+
+
+def _repeat_rows(visual: Tensor, repeats: int) -> Tensor:
+    """[total] long: the tap row of each visual token if every sample of the batch stands `repeats` times in a row."""
+    counts = visual.sum(1)
+    first = counts[::repeats]
+    if not torch.equal(first.repeat_interleave(repeats), counts):
+        raise GripError("the batch does not repeat its samples evenly, so its taps cannot be assigned")
+    starts = (first.cumsum(0) - first).repeat_interleave(repeats)
+    own = counts.cumsum(0) - counts
+    return torch.arange(int(counts.sum()), device=visual.device) + (starts - own).repeat_interleave(counts)

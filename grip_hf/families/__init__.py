@@ -1,0 +1,1 @@
+"""Facts about each family of vision-language models."""

@@ -1,0 +1,1 @@
+"""Saving, sharing and finding scorers and pruned checkpoints."""

@@ -1,0 +1,95 @@
+"""Questions about pocket scenes as examples: every family equally often."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..frozen.data import DatasetError, Example
+from ..frozen.sources import SourceError, load_model
+from .model import load_pocket_llava
+from .questions import FAMILIES, Question
+from .scenes import Scene, make_scene
+
+# Train scenes from here on were not used to train the pocket model.
+FIRST_TRAIN_SCENE = 500_000_000
+SCENES_PER_SEED = 1_000_000
+
+cached_scene = lru_cache(maxsize=64)(make_scene)
+
+
+class PocketExamples:
+    """Rows of (scene, question): one row per family and scene.
+
+    Args:
+        rows: How many.
+        seed: Which scenes; seeds share none.
+        split: "train" or "test".
+
+    Raises:
+        ConfigError: `rows` or `seed` is out of range.
+    """
+
+    def __init__(self, rows: int, seed: int = 0, split: str = "train") -> None:
+        if not 1 <= rows <= SCENES_PER_SEED * len(FAMILIES):
+            raise ConfigError(f"rows must be from 1 to {SCENES_PER_SEED * len(FAMILIES)}, got {rows!r}")
+        if seed < 0:
+            raise ConfigError(f"seed must be >= 0, got {seed!r}")
+        self.rows, self.split = rows, split
+        self.first = seed * SCENES_PER_SEED + (FIRST_TRAIN_SCENE if split == "train" else 0)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.rows
+
+    def look(self, row: int) -> tuple[Scene, Question]:
+        """The scene and the question of a row.
+
+        A scene that lacks the row's family is asked a question of the next family that it has.
+
+        Raises:
+            DatasetError: There is no such row.
+        """
+        if not 0 <= row < self.rows:
+            raise DatasetError(f"row must be from 0 to {self.rows - 1}, got {row}")
+        place, turn = divmod(row, len(FAMILIES))
+        scene = cached_scene(self.first + place, self.split)
+        for family in FAMILIES[turn:] + FAMILIES[:turn]:
+            fitting = [question for question in scene.questions if question.family == family]
+            if fitting:
+                return scene, random.Random(f"{self.first}/{row}").choice(fitting)
+        raise DatasetError(f"the scene of row {row} has no questions")
+
+    def __getitem__(self, row: int) -> Example:
+        """Return one row; its columns are `task` (the family) and `evidence` (the tokens that hold the answer)."""
+        scene, question = self.look(row)
+        content = [{"type": "image", "image": scene.image}, {"type": "text", "text": question.text}]
+        columns = {"task": question.family, "evidence": oracle_order(scene, question)}
+        return Example([{"role": "user", "content": content}], question.answer, columns)
+
+
+def oracle_order(scene: Scene, question: Question) -> list[int]:
+    """Visual tokens in the order in which one who knows the answer keeps them: evidence, then the other objects."""
+    others = [token for item in scene.items for token in (item.centre, *item.letters)]
+    rest = [token for item in scene.items for token in item.cell]
+    return list(dict.fromkeys([*question.evidence, *others, *rest]))
+
+
+def load_pocket(folder: str | Path | None = None) -> tuple[Any, Any]:
+    """The pocket model that is shipped, or another one of its kind from a folder, in float32.
+
+    Raises:
+        SourceError: There is none.
+    """
+    if folder is None:
+        try:
+            return load_pocket_llava()
+        except FileNotFoundError as error:
+            raise SourceError(str(error)) from error
+    model, processor = load_model(str(folder))
+    return model.to(torch.float32), processor

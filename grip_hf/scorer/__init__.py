@@ -1,0 +1,5 @@
+"""The learned scorer."""
+
+from .model import GripScorer, GripScorerConfig
+
+__all__ = ["GripScorer", "GripScorerConfig"]

@@ -1,0 +1,59 @@
+"""The command line, on the shipped pocket model."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from grip_hf.cli.app import app
+from grip_hf.pocket import load_pocket_llava, make_scene
+
+runner = CliRunner()
+
+
+def test_demo_shows_what_the_model_says(tmp_path):
+    data, picture = tmp_path / "demo.json", tmp_path / "kept.png"
+    options = ["--scenes", "1", "--seed", "3", "--selectors", "grid", "--budgets", "0.25", "--keep-ratio", "0.11"]
+    result = runner.invoke(app, ["demo", *options, "--picture", str(picture), "--json", str(data)])
+    assert result.exit_code == 0, result.output
+    shown = json.loads(data.read_text())
+    scene = make_scene(3)
+    assert [row["question"] for row in shown["table"]] == [question.text for question in scene.questions]
+    assert {row["kept"] for row in shown["table"]} == {16} and picture.stat().st_size > 10_000
+
+    # The unpruned column is what a model that was never patched generates.
+    model, processor = load_pocket_llava()
+    for row, question in zip(shown["table"], scene.questions, strict=True):
+        inputs = processor(images=scene.image, text=f"<image>{question.text}", return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        said = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert row["full"] == said
+
+    unpruned = shown["summary"][0]
+    right = sum(row["full"] == row["truth"] for row in shown["table"])
+    assert unpruned["selector"] == "none" and (unpruned["right"], unpruned["asked"]) == (right, len(scene.questions))
+    assert shown["summary"][1]["tokens"] == 36
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--keep-ratio", "0"], "(0, 1]"),
+        (["--budgets", "0.5,much"], "'much'"),
+        (["--selectors", "gird"], "'gird'"),
+        (["--scenes", "0"], "--scenes"),
+        (["--picture", "nowhere/kept.png"], "nowhere"),
+    ],
+)
+def test_bad_options_are_named_and_nothing_is_written(options, said, tmp_path):
+    picture = tmp_path / "kept.png"
+    result = runner.invoke(app, ["demo", "--picture", str(picture), *options])
+    assert result.exit_code == 2 and said in result.output and not picture.exists()
+
+
+def test_every_command_has_help():
+    result = runner.invoke(app, ["--help"])
+    assert "Fewer visual tokens" in result.output
+    for command in ("demo", "bench", "eval", "train"):
+        assert command in result.output
+        assert runner.invoke(app, [command, "--help"]).exit_code == 0

@@ -1,0 +1,168 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from classroom import build_vlm, rows
+from datasets import Dataset
+from typer.testing import CliRunner
+
+from grip_hf.cli.train import train as train_command
+from grip_hf.patch import apply_grip
+from grip_hf.scorer.model import GripScorer
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_grpo.py"
+SMALL = ["--warmup-steps", "2", "--steps", "2", "--batch", "16", "--generations", "4", "--warmup-batch", "8", "--cpu"]
+SCORER = ["--width", "16", "--save-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vlm")
+    for part in build_vlm():
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "set"
+    Dataset.from_list([{name: row[name] for name in ("image", "prompt")} for row in rows(12)]).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def command():
+    app = typer.Typer()
+    app.command()(train_command)
+    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def test_a_model_and_dataset_of_ones_own_without_answers(command, model_folder, data_folder, tmp_path):
+    own = ["--model", model_folder, "--dataset", data_folder, "--eval-examples", "3"]
+    done = command("--output", tmp_path, *own, *SMALL, *SCORER)
+    assert done.exit_code == 0, done.output
+    table = json.loads((tmp_path / "eval_table.json").read_text())
+    assert {"warmup", "grpo", "unpruned", "random"} <= {row["selector"] for row in table["rows"]}
+    model, processor = build_vlm()
+    apply_grip(model, tmp_path, keep_ratio=0.25)
+    inputs = processor(images=rows(1)[0]["image"], text="<image>is there any cat", return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+    assert len(model.grip.kept_tokens(out)[0]) == 4
+    # A second run finds everything done and trains nothing.
+    before = (tmp_path / "grpo" / "scorer" / "model.safetensors").stat().st_mtime_ns
+    assert command("--output", tmp_path, *own, *SMALL, *SCORER).exit_code == 0
+    assert (tmp_path / "grpo" / "scorer" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
+    pocket = ["--pocket", "--pocket-model", model_folder, "--rows", "18", "--eval-examples", "0"]
+    done = command("--output", tmp_path, *pocket, *SMALL, *SCORER, "--method", "relaxed")
+    assert done.exit_code == 0, done.output
+    scorers = [GripScorer.from_pretrained(tmp_path / name / "scorer") for name in ("warmup", "relaxed")]
+    pairs = zip(*(scorer.parameters() for scorer in scorers), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "either --pocket"),
+        (["--model", "x"], "either --pocket"),
+        (["--pocket", "--budgets", "0,0.5"], "0 < low <= high <= 1"),
+        (["--pocket", "--budgets", "0.5"], "2 numbers"),
+        (["--pocket", "--reward-weights", "1"], "needs 2 numbers"),
+        (["--pocket", "--method", "magic"], "method must be one of"),
+        (["--pocket", "--pocket-model", "/nowhere"], "cannot load the model"),
+        (["--model", "{model}", "--dataset", "/nowhere"], "cannot load the split"),
+        (["--model", "{model}", "--dataset", "{data}", "--eval-examples", "12"], "too few to hold out 12"),
+        (["--pocket", "--generations", "1"], "2"),
+        (["--pocket", "--quantize", "4bit"], "go with --model"),
+        (
+            ["--model", "{model}", "--dataset", "{data}", "--quantize", "3bit", "--eval-examples", "0"],
+            "must be 4bit or 8bit, got '3bit'",
+        ),
+        (["--pocket", "--rate", "-1"], "learning_rate must be a positive number, got -1.0"),
+        (["--pocket", "--warmup-rate", "nan"], "learning_rate must be a positive number, got nan"),
+        (["--pocket", "--temperature", "0"], "temperature must be a positive number, got 0.0"),
+        (["--pocket", "--method", "relaxed", "--temperature", "-1"], "temperature must be a positive number"),
+        (["--pocket", "--beta", "-0.1"], "beta must be a number >= 0, got -0.1"),
+        (["--pocket", "--entropy", "inf"], "entropy_coef must be a number >= 0, got inf"),
+        (["--pocket", "--reward-weights", "1,nan"], "reward_weights must be finite"),
+        (["--pocket", "--rewards", "magic", "--reward-weights", "1"], "rewards must be functions or among"),
+        (["--pocket", "--target", "magic"], "target must be one of"),
+        (["--pocket", "--batch", "10"], "divisible by num_generations"),
+        (["--pocket", "--report-to", "nowhere"], "nowhere is not supported"),
+    ],
+)
+def test_bad_arguments(command, model_folder, data_folder, tmp_path, args, message):
+    args = [arg.format(model=model_folder, data=data_folder) for arg in args]
+    done = command("--output", tmp_path, "--cpu", *args)
+    assert done.exit_code == 2 and message in " ".join(done.output.replace("│", " ").split()), done.output
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_an_output_that_is_no_folder(command, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = command("--output", tmp_path / "file", "--pocket", "--cpu", "--eval-examples", "0")
+    assert done.exit_code == 2 and "warmup cannot be set up" in " ".join(done.output.replace("│", " ").split())
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def run_script(args, processes=1, **env):
+    launch = [sys.executable] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", **env}
+    env["PYTHONPATH"] = str(EXAMPLE.parents[1])
+    done = subprocess.run([*launch, *args], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_example_script(model_folder, data_folder, tmp_path):
+    run_script([
+        EXAMPLE, "--model_name_or_path", model_folder, "--dataset_name", data_folder, "--output_dir", tmp_path,
+        "--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "8", "--use_cpu",
+        "--warmup_steps_supervised", "1",
+    ])  # fmt: skip
+    assert GripScorer.from_pretrained(tmp_path).config.hidden_size == 16
+
+
+@pytest.mark.slow
+def test_two_processes_agree(tmp_path):
+    """One budget per group even where a group spans both processes, and equal weights on both at the end."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"""
+import sys, json, torch
+sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
+from classroom import make_scorer, make_store
+from grip_hf.training.grpo import grpo_config, make_grpo_trainer
+seen = []
+def watch(completion_ids, budget, keep_ratio, **columns):
+    seen.append([list(budget), list(keep_ratio)])
+    return [float(len(set(picks) & {{1, 2, 3}})) for picks in completion_ids]
+scorer = make_scorer()
+# Two processes of 6 rows each: 3 groups of 4, the second of which spans both.
+args = grpo_config({str(tmp_path / "run")!r}, use_cpu=True, max_steps=3, per_device_train_batch_size=6,
+                   num_generations=4, save_strategy="no", warmup_steps=0, learning_rate=1e-2, disable_tqdm=True)
+trainer = make_grpo_trainer(scorer, make_store(), args, [watch], (0.1, 0.9))
+trainer.train()
+torch.save({{"weights": scorer.state_dict(), "seen": seen}}, {str(tmp_path)!r} + f"/rank{{args.process_index}}.pt")
+"""
+    )
+    run_script([script], processes=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    for name, value in ranks[0]["weights"].items():
+        assert torch.equal(value, ranks[1]["weights"][name]), name
+    for (_, first), (_, second) in zip(ranks[0]["seen"], ranks[1]["seen"], strict=True):
+        ratios = first + second
+        assert [len(set(ratios[i : i + 4])) for i in (0, 4, 8)] == [1, 1, 1] and len(set(ratios)) == 3
+    from classroom import make_scorer
+
+    start = make_scorer().state_dict()
+    assert any(not torch.equal(start[name], value) for name, value in ranks[0]["weights"].items())

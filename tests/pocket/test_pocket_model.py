@@ -1,0 +1,101 @@
+"""The shipped pocket LLaVA: stock classes, small, offline, and good at what it is for."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from grip_hf.pocket import load_pocket_llava, make_scene
+from grip_hf.pocket.demo import ask_all
+from grip_hf.pocket.lessons import PocketTrainer, score, to_lesson
+from grip_hf.pocket.model import WEIGHTS
+from grip_hf.pocket.questions import FAMILIES
+
+SCENES = [make_scene(seed) for seed in range(1000, 1008)]
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return load_pocket_llava()
+
+
+def test_it_is_a_stock_llava_with_144_visual_tokens(pocket):
+    model, processor = pocket
+    assert type(model) is LlavaForConditionalGeneration and type(processor) is LlavaProcessor and not model.training
+    inputs = processor(images=SCENES[0].image, text="<image>is there any cat", return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 144
+
+
+def test_the_package_data_is_small():
+    assets = WEIGHTS.parent
+    assert sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) < 40 * 2**20
+
+
+def test_it_answers_most_questions(pocket):
+    """Loose bounds on a few scenes; the README has the figures on 2,000."""
+    model, processor = pocket
+    answers = ask_all(model, processor, SCENES)
+    questions = [question for scene in SCENES for question in scene.questions]
+    right = {family: [] for family in FAMILIES}
+    for question, answer in zip(questions, answers, strict=True):
+        right[question.family].append(answer == question.answer)
+    rates = {family: sum(hits) / len(hits) for family, hits in right.items()}
+    assert all(rate >= 0.5 for rate in rates.values()), rates
+    assert sum(map(sum, right.values())) / len(questions) >= 0.85, rates
+
+
+def test_scoring_with_the_answer_fed_in_counts_what_generate_gets_right(pocket):
+    model, processor = pocket
+    answers = ask_all(model, processor, SCENES)
+    questions = [question for scene in SCENES for question in scene.questions]
+    counts = score(PocketTrainer(model), SCENES)
+    for family in FAMILIES:
+        mine = [a == q.answer for q, a in zip(questions, answers, strict=True) if q.family == family]
+        assert counts[family] == (sum(mine), len(mine)), family
+
+
+def test_training_pixels_are_what_the_processor_gives(pocket):
+    pixels = pocket[1](images=SCENES[1].image, text="<image>", return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(to_lesson(SCENES[1:2]).to(torch.device("cpu")).pixels, pixels, atol=1e-6, rtol=0)
+
+
+def test_case_and_punctuation_do_not_matter(pocket):
+    tokenizer = pocket[1].tokenizer
+    assert tokenizer("Is there any CAT?")["input_ids"] == tokenizer("is there any cat")["input_ids"]
+    assert tokenizer.unk_token_id in tokenizer("is there any zebra")["input_ids"]
+
+
+def test_conversations_render(pocket):
+    content = [{"type": "image"}, {"type": "text", "text": "is there any cat"}]
+    text = pocket[1].apply_chat_template([{"role": "user", "content": content}])
+    assert text.strip() == "<image>is there any cat"
+
+
+def test_missing_weights_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("grip_hf.pocket.model.WEIGHTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="reinstall"):
+        load_pocket_llava()
+
+
+@pytest.mark.slow
+def test_training_goes_on_where_it_stopped_and_repeats_by_seed(tmp_path):
+    def train(name, *steps):
+        options = dict(zip(("--see-steps", "--speak-steps", "--both-steps"), steps, strict=True))
+        command = [sys.executable, "-m", "grip_hf.pocket.train", "--output", str(tmp_path / name), "--batch", "2"]
+        for option, value in {**options, "--eval-scenes": "2", "--save-every": "2"}.items():
+            command += [option, str(value)]
+        subprocess.run(command, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True)
+        return LlavaForConditionalGeneration.from_pretrained(tmp_path / name / "model").state_dict()
+
+    whole = train("whole", 3, 3, 2)
+    train("parts", 3, 0, 0)
+    assert json.loads((tmp_path / "parts" / "checkpoint" / "progress.json").read_text()) == {"steps": 3}
+    parts = train("parts", 3, 3, 2)
+    assert whole.keys() == parts.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, msg=lambda text, name=name: f"{name}: {text}")
+    assert set(json.loads((tmp_path / "whole" / "accuracy_both.json").read_text())) == set(FAMILIES)
