@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..config import count_kept
-from ..engine import taps
 from ..engine.keepsets import VisualBatch
 from ..errors import ConfigError
 from ..frozen.samples import Sample
@@ -151,6 +150,5 @@ class Downsampling:
                 for sample, pixels in zip(prompts.samples, prompts.pixels, strict=True)
             ]
             small = downsample(model, inputs, max(1, min(counts)))
-            taps.clear()  # what selectors' taps saw of the small pictures
             found.append(prompts.right(small))
         return found

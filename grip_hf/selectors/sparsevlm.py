@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..engine.keepsets import VisualBatch
 from . import register
-from .inside import Run, on_the_call
 from .pyramiddrop import PyramidDropSelector
 
 EARLIEST = 1  # index of the first layer that may rank
@@ -40,15 +39,12 @@ class SparseVLMSelector(PyramidDropSelector):
         ranking = dict.fromkeys(max(EARLIEST, int(share * depth)) for share in self.depths)
         return [(layer, layer + 1) for layer in ranking]
 
-    def asking(self, batch: VisualBatch, run: Run) -> Tensor:
+    def asking(self, batch: VisualBatch) -> Tensor:
         """The raters; the last token in rows without any."""
-        chosen = torch.zeros_like(run.prompt)
-        rows = run.visual.any(1)
-        behind = run.visual[rows].long().flip(1).cumsum(1).flip(1) == 0
-        assert batch.text_index is not None
-        words = batch.text_mask & behind.gather(1, batch.text_index)
-        chosen[rows] = on_the_call(batch, raters(batch.tokens, batch.mask, batch.text, words), run.prompt.shape[1])
-        return torch.where(chosen.any(1, keepdim=True), chosen, super().asking(batch, run))
+        words = batch.text_mask
+        if batch.text_index is not None and batch.token_index is not None:
+            words = words & (batch.text_index > batch.token_index.amax(1, keepdim=True))
+        return raters(batch.tokens, batch.mask, batch.text, words)
 
 
 def raters(tokens: Tensor, mask: Tensor, text: Tensor, words: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def test_sizes_spread_and_everything_lies_in_the_picture():
 def test_there_is_no_lattice():
     """Away from the borders, middles fall evenly on all places modulo a patch, and modulo a quarter of the picture."""
     middles = np.array([item.middle for item in ITEMS]).flatten()
-    middles = middles[(64 <= middles) & (middles < 192)]
+    middles = middles[(middles >= 64) & (middles < 192)]
     for period in (16, 64):
         counts = np.histogram(middles % period, bins=8, range=(0, period))[0]
         expected = counts.sum() / 8
