@@ -41,14 +41,16 @@ class MergingSelector(Selector):
     def prepare(self, model: PreTrainedModel) -> list[RemovableHandle]:
         """Tap attention, keys and features; raises `UnsupportedModelError` if the tower cannot give them."""
         base: Any = find_parts(model).base
-        features = tap_features(model, self.name)
+        attention, features = tap_vision(model, self.name, self.attended, self.layer), tap_features(model)
         if not features:
+            for handle in attention:
+                handle.remove()
             raise UnsupportedModelError(
                 f"selector {self.name!r} merges what the projector gets, which needs one visual token per patch; "
                 f"{type(model).__name__} makes one of several"
             )
         self._projector = base.multi_modal_projector
-        return [*tap_vision(model, self.name, self.attended, self.layer), *features]
+        return [*attention, *features]
 
     def merge(self, batch: VisualBatch, keep: Tensor) -> Tensor:
         """New embeddings of the kept tokens.

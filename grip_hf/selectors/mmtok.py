@@ -25,7 +25,7 @@ class MMTokSelector(Selector):
     """MMTok (Dong et al., 2025, arXiv 2508.18264): greedy maximum coverage of words and visual tokens.
 
     A word is covered by a token as far as its softmax over the projected tokens goes there; a visual token likewise,
-    through the tower's features (the projected tokens, where one is made of several patches). Both are averaged over
+    through the tower's features (projected tokens where one is made of several patches). Both are averaged over
     their rows and added, the second with a factor. The official code leaves out the start of the text, and words such
     as "the" and "is" by a list; a selector sees embeddings only, so here all text tokens of the prompt count.
 
@@ -35,7 +35,7 @@ class MMTokSelector(Selector):
         token_temperature: Of the softmax of visual tokens, > 0.
     """
 
-    needs = (FEATURES,)
+    needs: tuple[str, ...] = (FEATURES,)
 
     def __init__(self, alpha: float = 0.5, word_temperature: float = 0.02, token_temperature: float = 0.2) -> None:
         if isinstance(alpha, bool) or not alpha >= 0:
@@ -46,8 +46,10 @@ class MMTokSelector(Selector):
         self.alpha, self.word_temperature, self.token_temperature = alpha, word_temperature, token_temperature
 
     def prepare(self, model: PreTrainedModel) -> list[RemovableHandle]:
-        """Tap the tower's features; raises `UnsupportedModelError` if the tower is of an unknown kind."""
-        return tap_features(model, self.name)
+        """Tap the tower's features, where there is one visual token of each patch."""
+        features = tap_features(model)
+        self.needs = (FEATURES,) if features else ()
+        return features
 
     def __call__(self, batch: VisualBatch) -> Tensor:
         """Return scores [G, N]: kept tokens in the order of their picks, above the others."""

@@ -32,7 +32,7 @@ class ScopeSelector(Selector):
         power: Exponent of the saliency, >= 0; the official 1 by default.
     """
 
-    needs = (SALIENCE, FEATURES)
+    needs: tuple[str, ...] = (SALIENCE, FEATURES)
 
     def __init__(self, power: float = 1.0) -> None:
         if isinstance(power, bool) or not power >= 0:
@@ -41,7 +41,9 @@ class ScopeSelector(Selector):
 
     def prepare(self, model: PreTrainedModel) -> list[RemovableHandle]:
         """Tap attention and features; raises `UnsupportedModelError` if the tower is of an unknown kind."""
-        return [*tap_vision(model, self.name, ["salience"]), *tap_features(model, self.name)]
+        features = tap_features(model)
+        self.needs = (SALIENCE, FEATURES) if features else (SALIENCE,)
+        return [*tap_vision(model, self.name, ["salience"]), *features]
 
     def __call__(self, batch: VisualBatch) -> Tensor:
         """Return scores [G, N]: kept tokens in the order of their picks, above the others."""

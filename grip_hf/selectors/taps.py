@@ -109,10 +109,11 @@ def find_tower(model: nn.Module, who: str) -> tuple[nn.Module, list[nn.Module], 
     return module, modules, tower
 
 
-def tap_features(model: nn.Module, who: str) -> list[RemovableHandle]:
-    """Publish what the projector gets as `FEATURES`, if it makes one visual token of each patch; else do nothing."""
+def tap_features(model: nn.Module) -> list[RemovableHandle]:
+    """Publish what the projector gets as `FEATURES`, if it is known to make one visual token of each patch."""
     base: Any = find_parts(model).base
-    if find_tower(model, who)[2].merge > 1 or not hasattr(base, "multi_modal_projector"):
+    describe = FAMILIES.get(base.config.model_type)
+    if describe is None or describe(base.config).merge > 1 or not hasattr(base, "multi_modal_projector"):
         return []
     return [base.multi_modal_projector.register_forward_pre_hook(publish_features)]
 

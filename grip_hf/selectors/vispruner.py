@@ -37,7 +37,7 @@ class VisPrunerSelector(Selector):
         important: Share of the budget for important tokens, in [0, 1].
     """
 
-    needs = (SALIENCE, FEATURES)
+    needs: tuple[str, ...] = (SALIENCE, FEATURES)
 
     def __init__(self, important: float = 0.5) -> None:
         if isinstance(important, bool) or not 0 <= important <= 1:
@@ -46,7 +46,9 @@ class VisPrunerSelector(Selector):
 
     def prepare(self, model: PreTrainedModel) -> list[RemovableHandle]:
         """Tap the attention of the layer that feeds the language model, and its features."""
-        return [*tap_vision(model, self.name, ["salience"]), *tap_features(model, self.name)]
+        features = tap_features(model)
+        self.needs = (SALIENCE, FEATURES) if features else (SALIENCE,)
+        return [*tap_vision(model, self.name, ["salience"]), *features]
 
     def __call__(self, batch: VisualBatch) -> Tensor:
         """Return scores [G, N]: 2 + attention for important tokens, 1 for diverse ones, 0 for the others."""

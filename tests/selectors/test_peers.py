@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from batches import MIDDLE, join, one_group, square
 
+from grip_hf import apply_grip
 from grip_hf.engine.keepsets import topk_mask
 from grip_hf.errors import ConfigError
 from grip_hf.selectors import get_selector
@@ -210,3 +212,23 @@ def test_cdpruner_is_stable_where_tokens_span_little():
     flat = dataclasses.replace(group, tokens=torch.cat([group.tokens[..., :3], torch.zeros(1, 36, 9)], -1))
     noisy = dataclasses.replace(flat, tokens=flat.tokens * (1 + 1e-7 * torch.randn(flat.tokens.shape)))
     assert kept("cdpruner", flat) == kept("cdpruner", noisy)
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "qwen2_5_vl", "smolvlm"])
+@pytest.mark.parametrize("name", ["vispruner", "scope", "mmtok"])
+def test_features_are_the_towers_where_a_token_is_a_patch_else_the_projected_tokens(family, name):
+    model, seen = tiny.build(family), {}
+    selector = get_selector(name)
+    original = type(selector).__call__
+
+    class Spy(type(selector)):
+        name = "spy"
+
+        def __call__(self, batch):
+            seen["taps"] = batch.taps
+            return original(self, batch)
+
+    apply_grip(model, selector=Spy(), num_tokens=3)
+    with torch.no_grad():
+        kept_tokens = model.grip.kept_tokens(model(**tiny.make_inputs(family, [[3, tiny.IMAGE, 4]])))
+    assert len(kept_tokens[0]) == 3 and (FEATURES in seen["taps"]) == (family == "llava")
