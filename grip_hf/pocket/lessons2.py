@@ -5,7 +5,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from grip_hf.pocket.lessons import Lesson, PocketTrainer
+from grip_hf.pocket.batches import Lesson
+from grip_hf.pocket.lessons import PocketTrainer
 from grip_hf.pocket.perception import PatchHeads
 from grip_hf.pocket.testbeds import POCKET, POCKET2
 

@@ -20,7 +20,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-from grip_hf.pocket.lessons import Lesson, Lessons, PocketTrainer
+from grip_hf.pocket.batches import Lesson, Lessons
+from grip_hf.pocket.lessons import PocketTrainer
 from grip_hf.pocket.lessons2 import make_trainer
 from grip_hf.pocket.model import build_model, save_pocket
 from grip_hf.pocket.report import accuracies

@@ -11,9 +11,10 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 import grip_hf.pocket
 from grip_hf.evaluation.downsampling import downsample
 from grip_hf.pocket import load_pocket, make_scene
+from grip_hf.pocket.batches import to_lesson
 from grip_hf.pocket.demo import ask_all
 from grip_hf.pocket.examples import PocketExamples
-from grip_hf.pocket.lessons import score, to_lesson
+from grip_hf.pocket.lessons import score
 from grip_hf.pocket.lessons2 import make_trainer
 from grip_hf.pocket.report import accuracies
 from grip_hf.pocket.testbeds import POCKET2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grip_hf.evaluation.downsampling import middle_patches
-from grip_hf.pocket.lessons import Lessons, to_lesson
+from grip_hf.pocket.batches import Lessons, to_lesson
 from grip_hf.pocket.lessons2 import places_of
 from grip_hf.pocket.perception import CLASSES, patch_labels
 from grip_hf.pocket.scatter import IMAGE_SIZE, OVERLAP, SIDE

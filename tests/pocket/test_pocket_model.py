@@ -10,8 +10,9 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from grip_hf.pocket import load_pocket_llava, make_scene
+from grip_hf.pocket.batches import to_lesson
 from grip_hf.pocket.demo import ask_all
-from grip_hf.pocket.lessons import PocketTrainer, score, to_lesson
+from grip_hf.pocket.lessons import PocketTrainer, score
 from grip_hf.pocket.model import WEIGHTS
 from grip_hf.pocket.questions import FAMILIES
 from grip_hf.pocket.testbeds import get_testbed
