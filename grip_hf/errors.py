@@ -27,3 +27,19 @@ class CacheError(GripError, RuntimeError):
 
 class HubError(GripError, RuntimeError):
     """The Hub did not give or take something: no such repository, a wrong token, no connection, a strange file."""
+
+
+class DatasetError(GripError, ValueError):
+    """A dataset lacks what training needs; the message names the column or the row."""
+
+
+class SourceError(GripError, ValueError):
+    """A model cannot be loaded."""
+
+
+class CheckpointError(GripError, ValueError):
+    """A checkpoint does not fit what it is to go on with."""
+
+
+class RewardError(GripError, ValueError):
+    """A reward function returned something else than one finite number per completion."""

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
 from .config import GripConfig
-from .engine.budgets import Budget, current, override
+from .engine.budgets import Budget, current, open_elsewhere, override
 from .engine.cache import returned, state_of
 from .engine.choice import Score
 from .engine.context import last_of
-from .engine.hooks import Boundary
+from .engine.hooks import Boundary, patch_of
 from .engine.last import LastCall
+from .engine.layers import check_layers
 from .engine.question import told
+from .engine.upstream import check_language_model, is_untested
 from .errors import CacheError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
 from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
 from .hub.resolve import describe_base, resolve
 
+if TYPE_CHECKING:
+    from .scorer.model import GripScorer
+
 __all__ = ["GripHandle", "apply_grip", "remove_grip"]
+M = TypeVar("M", bound=nn.Module)
+logger = logging.getLogger(__name__)
 
 
 class GripHandle:
@@ -33,7 +41,10 @@ class GripHandle:
         config: the settings.
         selector: scores visual tokens.
         scorer: the learned scorer behind the selector, or None.
+        note: what `apply_grip` decided because nothing was said, or "".
     """
+
+    note = ""
 
     def __init__(self, parts: Parts, config: GripConfig, selector: Score, scorer: nn.Module | None) -> None:
         self.config = config
@@ -45,15 +56,26 @@ class GripHandle:
         self._saver = SaveWithGrip(self)
 
     def __repr__(self) -> str:
-        return f"GripHandle({type(self._parts.owner).__name__}, {self.config})"
+        note = f", {self.note}" if self.note else ""
+        return f"GripHandle({type(self._parts.owner).__name__}, {self.config}{note})"
 
     def _budget(self) -> Budget:
-        return current(self) or Budget(self.config.keep_ratio, self.config.num_tokens)
+        budget = current(self)
+        if budget is None and open_elsewhere(self):
+            self._boundary.warn_once(
+                "a budget(...) or disabled() block is open in another thread and does not hold in this one. A thread "
+                "that was started inside the block takes it along by its context: "
+                "Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)"
+            )
+        return budget or Budget(self.config.keep_ratio, self.config.num_tokens)
 
     def budget(
         self, keep_ratio: float | Sequence[float] | None = None, num_tokens: int | Sequence[int] | None = None
     ) -> AbstractContextManager[None]:
         """Use another budget within a `with` block, in this thread only.
+
+        A thread that is started inside the block does not see it, unless it is given the context along:
+        `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)`.
 
         Args:
             keep_ratio: share of the visual tokens to keep, in (0, 1], or one per sample.
@@ -149,7 +171,7 @@ class GripHandle:
     @property
     def can_be_saved(self) -> bool:
         """Whether the settings tell who chooses."""
-        return getattr(self.selector, "name", None) == self.config.selector
+        return self.config.selector is not None and getattr(self.selector, "name", None) == self.config.selector
 
     def remove(self) -> None:
         """Remove the patch; the model is exactly as before. Doing so twice is harmless."""
@@ -160,65 +182,106 @@ class GripHandle:
 
 
 def apply_grip(
-    model: nn.Module,
-    config_or_scorer_or_repo: Any = None,
+    model: M,
+    config: GripConfig | None = None,
     *,
+    scorer: GripScorer | str | os.PathLike[str] | None = None,
     selector: Score | str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     **overrides: Any,
-) -> nn.Module:
+) -> M:
     """Prune the visual tokens of `model` in place: from now on, each call keeps as many as its budget allows.
 
     Only hooks on this model object are added; its class, weights and signature stay as they are. Applying again
     replaces the patch.
 
+    Who chooses the tokens: the `selector`, where one is named; else the `scorer`, or the one that came with the
+    checkpoint of the model; else `cdpruner`, which is logged and told by `repr(model.grip)`. It is the method with the
+    best mean over the budgets in the table of `grip_hf/evaluation/README.md` of those that need no training, prune
+    before the language model, and need nothing of the vision tower, so that it works with every family. It is never
+    taken in place of a scorer that was asked for.
+
     Args:
-        model: a transformers vision-language model for conditional generation, also one wrapped by PEFT.
-        config_or_scorer_or_repo: a `GripConfig` (or dict of its settings), a `GripScorer`, or the directory or Hub id
-            of a saved scorer. None takes the GRIP part of the checkpoint that the model came from, if any.
-        selector: a selector's name, or any callable from `VisualBatch` to scores [G, N]. Overrides the config's.
-        revision: branch, tag or commit of the Hub repository to read.
-        token: access token for the Hub; None takes the stored one.
-        cache_dir: another cache for downloads than the usual one.
-        local_files_only: take what is in the cache; do not ask the Hub.
-        **overrides: settings of `GripConfig` to change, such as `keep_ratio=0.25`.
+        model: A transformers vision-language model for conditional generation, also one wrapped by PEFT.
+        config: The settings. None takes those saved with the scorer, or makes them of the overrides. A scorer, its
+            folder or its Hub id in this place is deprecated.
+        scorer: A `GripScorer`, or the folder or Hub id of what `model.grip.save_pretrained` wrote.
+        selector: A selector's name, or any callable from `VisualBatch` to scores [G, N]. Overrides the config's.
+        revision: Branch, tag or commit of the Hub repository to read.
+        token: Access token for the Hub; None takes the stored one.
+        cache_dir: Another cache for downloads than the usual one.
+        local_files_only: Take what is in the cache; do not ask the Hub.
+        **overrides: Settings of `GripConfig` to change, such as `keep_ratio=0.25`.
 
     Returns:
         The same model; its handle is `model.grip`.
 
     Raises:
-        UnsupportedModelError: The model's family is not supported, or cannot give what the selector needs.
-        ConfigError: A setting is not allowed.
+        UnsupportedModelError: The model's family is not supported, or cannot give what the selector needs; or the
+            installed transformers is newer than the newest tested, and a self-check of this family fails.
+        ConfigError: A setting is not allowed, or a scorer is given beside another selector.
         ScorerError: The scorer is missing, damaged, or made for another model.
         HubError: The Hub repository cannot be read, or holds something else than JSON and safetensors.
     """
-    parts = find_parts(model)
+    parts = _whole(find_parts(model))
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    config, scorer = resolve(parts, config_or_scorer_or_repo, selector, overrides, hub)
-    if config.position_ids == "compact" and parts.family.mrope:
+    asked = resolve(parts, config, scorer, selector, overrides, hub)
+    settings = asked.config
+    if settings.position_ids == "compact" and parts.family.mrope:
         raise UnsupportedModelError(
             f"position_ids='compact' is not defined for {type(parts.owner).__name__}, whose positions have several "
             "axes; use position_ids='original'"
         )
-    chosen = selector if callable(selector) else _named_selector(config, scorer)
-    handle = GripHandle(parts, config, chosen, scorer)
-    hooks = list(_prepare(chosen, parts))
+    chosen = selector if callable(selector) else _named_selector(settings, asked.scorer)
+    check_language_model(parts.language_model)
+    if getattr(chosen, "inside", False):
+        check_layers(parts.language_model, chosen)  # type: ignore[arg-type]
+    if is_untested():
+        from .doctor.guard import vouch  # imported late: only then are tiny models needed
+
+        vouch(parts.owner.config, prune)
+    _attach(parts, settings, chosen, asked.scorer, asked.note)
+    return model
+
+
+def prune(model: nn.Module, selector: Score, keep_ratio: float) -> GripHandle:
+    """`apply_grip` without the self-check, for the self-check."""
+    return _attach(find_parts(model), GripConfig(keep_ratio=keep_ratio), selector, None)
+
+
+def _attach(parts: Parts, config: GripConfig, selector: Score, scorer: nn.Module | None, note: str = "") -> GripHandle:
+    """Put the patch on the model, in the place of an earlier one."""
+    handle = GripHandle(parts, config, selector, scorer)
+    hooks = list(_prepare(selector, parts))
+    # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.
     remove_grip(parts.owner)
     handle._boundary.attach(hooks)
     handle._saver.attach()
+    if note:
+        handle.note = note
+        logger.warning("%s", note)
     parts.owner.grip = handle  # type: ignore[assignment]
-    return model
+    return handle
 
 
-def remove_grip(model: nn.Module) -> nn.Module:
+def remove_grip(model: M) -> M:
     """Undo `apply_grip`; returns the model. A model without a patch is left alone."""
-    handle = unwrap(model).__dict__.get("grip")
-    if isinstance(handle, GripHandle):
-        handle.remove()
+    owner = unwrap(model)
+    for module in owner.modules() if isinstance(owner, nn.Module) else ():
+        for handle in (module.__dict__.get("grip"), getattr(patch_of(module), "key", None)):
+            if isinstance(handle, GripHandle):
+                handle.remove()
     return model
+
+
+def _whole(parts: Parts) -> Parts:
+    """The parts of the model to patch: where a patched model's base model was given, those of the model around it."""
+    patch = patch_of(parts.base)
+    around = patch is not None and patch.parts.owner is not parts.owner and parts.owner is parts.base
+    return patch.parts if patch is not None and around else parts
 
 
 def kept_tokens(cache_or_output: Any) -> list[Tensor]:
@@ -241,11 +304,12 @@ def _named_selector(config: GripConfig, scorer: nn.Module | None) -> Score:
     """Build the selector that the settings name."""
     from .selectors import get_selector  # imported late: selectors build on this module's level
 
+    assert config.selector is not None
     kwargs = dict(config.selector_kwargs)
     if config.selector == "grip" and "scorer" not in kwargs:
         if scorer is None:
             raise ScorerError(
-                "the selector 'grip' needs a scorer: apply_grip(model, scorer_or_directory, ...); "
+                "the selector 'grip' needs a scorer: apply_grip(model, scorer=...) with one, its folder or Hub id; "
                 "selectors that need none are named by selector=..., for example selector='grid'"
             )
         kwargs["scorer"] = scorer

@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from grip_hf.cli.bench import bench
+from grip_hf.cli.doctor import doctor
 from grip_hf.cli.eval import evaluate
 from grip_hf.cli.pareto import pareto
 from grip_hf.cli.screen import JsonFile, console, in_folder, split_list
@@ -22,6 +23,7 @@ def main() -> None:
 
 
 app.command("bench")(bench)
+app.command("doctor")(doctor)
 app.command("eval")(evaluate)
 app.command("pareto")(pareto)
 app.command("train")(train)

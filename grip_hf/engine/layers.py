@@ -114,8 +114,8 @@ def _asking(selector: Any, choice: Choice, length: int) -> Tensor:
     return torch.where(asked.any(1, keepdim=True), asked, last_token)
 
 
-def hook_layers(language_model: nn.Module, selector: InsideSelector) -> list[Any]:
-    """Hook the decoder layers for a selector that drops between them.
+def check_layers(language_model: nn.Module, selector: InsideSelector) -> list[tuple[int, int]]:
+    """Where a selector ranks and drops tokens between the decoder layers of a language model.
 
     Raises:
         UnsupportedModelError: The decoder has no list of layers, too few of them, or a layer that ranks lacks an
@@ -136,6 +136,13 @@ def hook_layers(language_model: nn.Module, selector: InsideSelector) -> list[Any
         raise UnsupportedModelError(
             f"selector {selector.name!r} cannot drop between the layers of {type(language_model).__name__}: {reason}"
         )
+    return stages
+
+
+def hook_layers(language_model: nn.Module, selector: InsideSelector) -> list[Any]:
+    """Hook the decoder layers for a selector that drops between them; returns the handles."""
+    stages = check_layers(language_model, selector)
+    layers: Any = language_model.layers
     register()
     handles: list[Any] = []
     for number, layer in enumerate(layers):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
@@ -56,6 +57,11 @@ def versions() -> str:
     return f"transformers {transformers.__version__} is installed, {TESTED[0]} to {TESTED[-1]} are tested"
 
 
+def is_untested() -> bool:
+    """Whether the installed transformers is newer than the newest tested."""
+    return Version(transformers.__version__) > Version(TESTED[-1])
+
+
 def unknown(what: str) -> UnsupportedModelError:
     """The error for something upstream that is not as grip_hf knows it."""
     return UnsupportedModelError(f"{what} ({versions()})")
@@ -87,6 +93,7 @@ def check_language_model(module: nn.Module) -> None:
     Raises:
         UnsupportedModelError: Its `forward` lacks an argument, or its caches have methods of another form.
     """
+    module = getattr(module, "original_module", module)  # inside the wrapper of PEFT's `modules_to_save`
     cache_name(module)
     known = inspect.signature(module.forward).parameters
     lacking = [name for name in NEEDED if name not in known]

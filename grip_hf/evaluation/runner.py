@@ -20,7 +20,7 @@ from .metrics import UNPRUNED, Row, average, table
 
 Judged = Scores | Method
 # One line per answer: which method, its training, the keep ratio, the task, right or wrong.
-Verdict = tuple[str, int, float, str, bool]
+Mark = tuple[str, int, float, str, bool]
 
 
 def tap_all(methods: Iterable[Method]) -> Callable[[Any], list[Any]]:
@@ -80,19 +80,19 @@ def evaluate(
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     starts = range(rank * batch_size, len(examples), world * batch_size)
     vlm = FrozenVLM(model, processor, cache_bytes=1 << 28, tap=tap_all(every))
-    verdicts: list[list[Verdict]] = []
+    marks: list[list[Mark]] = []
     try:
         for start in tqdm(starts, desc="evaluating", disable=not progress or rank > 0):
             vlm.attach()
             samples = vlm.prepare([examples[row] for row in range(start, min(start + batch_size, len(examples)))])
-            verdicts.append(list(_judge(Prompts(vlm, samples), methods, ratios)))
+            marks.append(list(_judge(Prompts(vlm, samples), methods, ratios)))
     finally:
         vlm.close()
     if world > 1:
         # Batches dealt out in turn come back in their order, so that rows and tasks stand as one process puts them.
-        shards: list[list[list[Verdict]]] = gather_object([verdicts])
-        verdicts = [shards[i % world][i // world] for i in range(sum(map(len, shards)))]
-    return _table([one for batch in verdicts for one in batch], methods)
+        shards: list[list[list[Mark]]] = gather_object([marks])
+        marks = [shards[i % world][i // world] for i in range(sum(map(len, shards)))]
+    return _table([one for batch in marks for one in batch], methods)
 
 
 def _several(found: Judged | Sequence[Judged]) -> Sequence[Judged]:
@@ -103,7 +103,7 @@ def _method(one: Judged) -> Method:
     return one if isinstance(one, Method) else Pruned(one)
 
 
-def _judge(prompts: Prompts, methods: Mapping[str, Sequence[Method]], ratios: Sequence[float]) -> Iterable[Verdict]:
+def _judge(prompts: Prompts, methods: Mapping[str, Sequence[Method]], ratios: Sequence[float]) -> Iterable[Mark]:
     """What every method makes of a batch, and the unpruned model."""
     tasks = [str(sample.example.columns.get("task", "all")) for sample in prompts.samples]
     for task, right in zip(tasks, Unpruned().answers(prompts, [1.0])[0], strict=True):
@@ -115,10 +115,10 @@ def _judge(prompts: Prompts, methods: Mapping[str, Sequence[Method]], ratios: Se
                     yield name, number, ratio, task, right
 
 
-def _table(verdicts: Iterable[Verdict], methods: Mapping[str, Sequence[Method]]) -> list[Row]:
+def _table(marks: Iterable[Mark], methods: Mapping[str, Sequence[Method]]) -> list[Row]:
     """Rows of every method, several trainings of a selector averaged."""
     answers: dict[int, dict[tuple[str, float], dict[str, list[bool]]]] = defaultdict(dict)
-    for name, number, ratio, task, right in verdicts:
+    for name, number, ratio, task, right in marks:
         answers[number].setdefault((name, ratio), defaultdict(list))[task].append(right)
     order = dict.fromkeys(task for by_task in answers[0].values() for task in by_task)
     rows: dict[tuple[str, float], list[list[Row]]] = defaultdict(list)

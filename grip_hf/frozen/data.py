@@ -12,13 +12,9 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from ..errors import GripError
+from ..errors import DatasetError as DatasetError
 
 IMAGE_COLUMNS = ("images", "image")
-
-
-class DatasetError(GripError, ValueError):
-    """A dataset lacks what training needs; the message names the column or the row."""
 
 
 @dataclasses.dataclass(frozen=True)

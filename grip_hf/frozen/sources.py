@@ -5,12 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import GripError
+from ..errors import SourceError as SourceError
 from .data import DatasetError, DatasetExamples
-
-
-class SourceError(GripError, ValueError):
-    """A model cannot be loaded."""
 
 
 def load_model(name: str, quantize: str | None = None, device_map: str | None = None) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..engine.context import publish
 from ..errors import UnsupportedModelError
 from ..families.table import find_parts
-from ..families.towers import FAMILIES, PREFIX, Tower, remember_grid
+from ..families.towers import PREFIX, TOWERS, Tower, remember_grid
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -95,12 +95,12 @@ def find_tower(model: nn.Module, who: str) -> tuple[nn.Module, list[nn.Module], 
     """
     parts = find_parts(model)
     config: Any = parts.base.config
-    describe = FAMILIES.get(config.model_type)
+    describe = TOWERS.get(config.model_type)
     kind = config.vision_config.model_type
     if describe is None or kind not in PREFIX:
         raise UnsupportedModelError(
             f"selector {who!r} needs attention of the vision tower, which is known for the model types "
-            f"{', '.join(FAMILIES)} with towers of type {', '.join(PREFIX)}; this {config.model_type!r} model has a "
+            f"{', '.join(TOWERS)} with towers of type {', '.join(PREFIX)}; this {config.model_type!r} model has a "
             f"tower of type {kind!r}"
         )
     tower = describe(config)
@@ -112,7 +112,7 @@ def find_tower(model: nn.Module, who: str) -> tuple[nn.Module, list[nn.Module], 
 def tap_features(model: nn.Module) -> list[RemovableHandle]:
     """Publish what the projector gets as `FEATURES`, if it is known to make one visual token of each patch."""
     base: Any = find_parts(model).base
-    describe = FAMILIES.get(base.config.model_type)
+    describe = TOWERS.get(base.config.model_type)
     if describe is None or describe(base.config).merge > 1 or not hasattr(base, "multi_modal_projector"):
         return []
     return [base.multi_modal_projector.register_forward_pre_hook(publish_features)]

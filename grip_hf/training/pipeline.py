@@ -26,7 +26,7 @@ METHODS = ("grpo", "relaxed", "warmup")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What to train and for how long.
 
     Args:
@@ -88,7 +88,7 @@ class Plan:
         return stages
 
 
-def train(plan: Plan, store: SampleStore, callbacks: list[Any] | None = None) -> GripScorer:
+def train_scorer(plan: TrainingPlan, store: SampleStore, callbacks: list[Any] | None = None) -> GripScorer:
     """Run a plan, going on from whatever its output folder holds.
 
     Returns:
@@ -111,7 +111,7 @@ def train(plan: Plan, store: SampleStore, callbacks: list[Any] | None = None) ->
 
 
 def _stage(
-    plan: Plan, name: str, args: Any, scorer: GripScorer, store: SampleStore, callbacks: list[Any] | None
+    plan: TrainingPlan, name: str, args: Any, scorer: GripScorer, store: SampleStore, callbacks: list[Any] | None
 ) -> GripScorer:
     """Run one stage, or load its result if it was finished before."""
     folder, width = plan.output / name, store.vlm.hidden_size
@@ -137,7 +137,7 @@ def _stage(
 
 
 def _trainer(
-    plan: Plan, name: str, args: Any, scorer: GripScorer, store: SampleStore, callbacks: list[Any] | None
+    plan: TrainingPlan, name: str, args: Any, scorer: GripScorer, store: SampleStore, callbacks: list[Any] | None
 ) -> Any:
     shared: dict[str, Any] = {"budgets": plan.budgets, "callbacks": callbacks}
     if name == "warmup":
