@@ -14,6 +14,7 @@ from . import register
 from .base import Selector
 from .coverage import greedy_coverage
 from .taps import FEATURES, tap_features
+from .words import words_behind
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -26,8 +27,9 @@ class MMTokSelector(Selector):
 
     A word is covered by a token as far as its softmax over the projected tokens goes there; a visual token likewise,
     through the tower's features (projected tokens where one is made of several patches). Both are averaged over
-    their rows and added, the second with a factor. The official code leaves out the start of the text, and words such
-    as "the" and "is" by a list; a selector sees embeddings only, so here all text tokens of the prompt count.
+    their rows and added, the second with a factor. The words are those behind the picture, or all where there are
+    none. The official code leaves out words such as "the" and "is" by a list, which a selector cannot: it sees
+    embeddings.
 
     Args:
         alpha: Factor of covering the picture, >= 0.
@@ -55,7 +57,9 @@ class MMTokSelector(Selector):
         """Return scores [G, N]: kept tokens in the order of their picks, above the others."""
         tokens, words = (F.normalize(values.float(), dim=-1) for values in (batch.tokens, batch.text))
         unit = F.normalize(batch.taps.get(FEATURES, batch.tokens).float(), dim=-1)
-        by_words = self._spread(words @ tokens.transpose(1, 2), batch.mask, batch.text_mask, self.word_temperature)
+        asking = words_behind(batch)
+        asking = torch.where(asking.any(1, keepdim=True), asking, batch.text_mask)
+        by_words = self._spread(words @ tokens.transpose(1, 2), batch.mask, asking, self.word_temperature)
         by_tokens = self._spread(unit @ unit.transpose(1, 2), batch.mask, batch.mask, self.token_temperature)
         return greedy_coverage(torch.cat([by_words, self.alpha * by_tokens], 1), batch.mask, batch.budgets)
 

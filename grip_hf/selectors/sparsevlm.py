@@ -10,6 +10,7 @@ from torch import Tensor
 from ..engine.keepsets import VisualBatch
 from . import register
 from .pyramiddrop import PyramidDropSelector
+from .words import words_behind
 
 EARLIEST = 1  # index of the first layer that may rank
 
@@ -41,10 +42,7 @@ class SparseVLMSelector(PyramidDropSelector):
 
     def asking(self, batch: VisualBatch) -> Tensor:
         """The raters; the last token in rows without any."""
-        words = batch.text_mask
-        if batch.text_index is not None and batch.token_index is not None:
-            words = words & (batch.text_index > batch.token_index.amax(1, keepdim=True))
-        return raters(batch.tokens, batch.mask, batch.text, words)
+        return raters(batch.tokens, batch.mask, batch.text, words_behind(batch))
 
 
 def raters(tokens: Tensor, mask: Tensor, text: Tensor, words: Tensor) -> Tensor:

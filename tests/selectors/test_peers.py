@@ -150,6 +150,18 @@ def test_mmtok_equals_the_official_loop(budget, words):
     assert kept("mmtok", batch)[0] == kept("mmtok", group)[0]
 
 
+def test_mmtok_asks_with_the_words_behind_the_picture():
+    """Two words before it, three behind: those before do not count, unless there are no others."""
+    group = one_group((36,), budget=6, words=5, seed=2)
+    places = dataclasses.replace(
+        group, text_index=torch.tensor([[0, 1, 38, 39, 40]]), token_index=torch.arange(2, 38)[None]
+    )
+    behind = dataclasses.replace(group, text=group.text[:, 2:], text_mask=group.text_mask[:, 2:])
+    assert kept("mmtok", places) == kept("mmtok", behind) != kept("mmtok", group)
+    before = dataclasses.replace(places, text_index=torch.arange(5)[None], token_index=torch.arange(5, 41)[None])
+    assert kept("mmtok", before) == kept("mmtok", group)
+
+
 @pytest.mark.parametrize("budget", [1, 5, 16, 36])
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
 def test_scope_equals_the_official_loop(budget, power):
