@@ -26,8 +26,8 @@ TESTED = ("5.16.1", "5.19.0", "5.24.0")
 
 # The KV cache among arguments and outputs: `cache` since 5.24, `past_key_values` before (an alias until 5.40).
 CACHE_NAMES = ("cache", "past_key_values")
-# Pictures that were encoded before the call; since 5.18.
-ENCODED = "mm_encoder_outputs"
+# Pictures that were encoded before the call, and the release that brought them.
+ENCODED, ENCODED_SINCE = "mm_encoder_outputs", "5.18"
 # Arguments with which pictures or videos come, and the methods that encode them.
 PICTURES = ("pixel_values", "image_hidden_states")
 ENCODERS = ("get_image_features", "get_video_features")
@@ -196,6 +196,20 @@ def mask_sizes(
             setattr(layer, name, length)
     keys, offset = sizes(query_length, layer_idx)
     return (keys if layer.is_compileable else keys + dropped), offset
+
+
+def check_takes_encoded(module: nn.Module) -> None:
+    """Make sure that a module takes pictures that were encoded before the call; older releases ignore them in silence.
+
+    Raises:
+        UnsupportedModelError: transformers is older than 5.18, or the family is built otherwise.
+    """
+    if ENCODED in parameters(module):
+        return
+    what = f"{type(module).__name__} cannot take pictures that were encoded before"
+    if Version(transformers.__version__) < Version(ENCODED_SINCE):
+        what += f": training and `grip-hf eval` need transformers >= {ENCODED_SINCE}"
+    raise unknown(what)
 
 
 def removed_by_crop(argument: int, length: int) -> int:
