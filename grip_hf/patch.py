@@ -200,9 +200,9 @@ def apply_grip(
 
     Who chooses the tokens: the `selector`, where one is named; else the `scorer`, or the one that came with the
     checkpoint of the model; else `cdpruner`, which is logged and told by `repr(model.grip)`. It is the method with the
-    best mean over the budgets in the table of `grip_hf/evaluation/README.md` of those that need no training, prune
-    before the language model, and need nothing of the vision tower, so that it works with every family. It is never
-    taken in place of a scorer that was asked for.
+    best mean over the budgets in the table of `grip_hf/evaluation/README.md` of the published ones that need no
+    training, prune before the language model, and need nothing of the vision tower, so that it works with every
+    family. It is never taken in place of a scorer that was asked for.
 
     Args:
         model: A transformers vision-language model for conditional generation, also one wrapped by PEFT.

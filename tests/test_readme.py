@@ -148,7 +148,8 @@ def test_the_default_is_the_best_of_those_that_need_no_training_and_nothing_of_t
     """The rule that `apply_grip` states, applied to the figures."""
     found = accuracies()
     assert set(found) == set(OURS) - {LEARNED} and all(len(row) == 5 for row in found.values())
-    plain = {name for name, cls in OURS.items() if not cls.needs and not cls.inside and name != LEARNED}
+    variants = {"cdpruner_max"}  # ours, not a published method
+    plain = {name for name, cls in OURS.items() if not cls.needs and not cls.inside} - {LEARNED} - variants
     assert {"similarity", "diversity", "cdpruner", "grid", "random"} <= plain & set(found)
     assert max(plain & set(found), key=lambda name: sum(found[name])) == TRAINING_FREE
 
