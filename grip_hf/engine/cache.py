@@ -275,6 +275,19 @@ def logical_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def window(cache: Any, query_length: int, layer_idx: int) -> Window:
-    """The keys that a mask for `query_length` new tokens covers in a layer of a cache, or of its view."""
-    return Window(query_length, 0) if cache is None else Window(*cache.get_mask_sizes(query_length, layer_idx))
+def window(cache: Any, query_length: int, layer_idx: int, taken: int = 0) -> Window:
+    """The keys that a mask for `query_length` new tokens covers in a layer of a cache, or of its view.
+
+    Args:
+        cache: The cache, or None.
+        query_length: Tokens of the call.
+        layer_idx: The layer.
+        taken: Keys of this call that the layer holds already, because another layer reads them after it.
+    """
+    if cache is None:
+        return Window(query_length, 0)
+    if not taken:
+        return Window(*cache.get_mask_sizes(query_length, layer_idx))
+    dropped = cache._grip_dropped(layer_idx) if isinstance(cache, PrunedCache) else 0
+    own = physical(cache).get_mask_sizes
+    return Window(*upstream.mask_sizes(own, cache.layers, query_length, layer_idx, dropped - taken))

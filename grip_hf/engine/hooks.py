@@ -229,7 +229,7 @@ def _prune(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if context is not None:
         context.call = call
     if not bool(call.visual.any()) and (call.state is None or call.state.trivial):
-        return None
+        return (args, upstream.without_slicing(kwargs)) if len(states_of(call.cache)) > 1 else None
     check(call)
     choice = choose(context, call) if context is not None and bool(call.visual.any()) else None
     if choice is not None and choice.embeds is not None:
@@ -241,6 +241,8 @@ def _prune(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         context.step = step
         context.layers = None if choice is None else LayerDrops.of(context.boundary.selector, choice, step)
         remember_last(context.boundary, LastCall.of(step, choice))
+    if context is not None and context.layers is not None:
+        return args, upstream.without_slicing(kwargs)
     return None if step.changes_nothing else (args, _shown(prune_arguments(step), call.cache))
 
 

@@ -131,7 +131,7 @@ def check_layers(language_model: nn.Module, selector: InsideSelector) -> list[tu
         raise UnsupportedModelError(
             f"selector {selector.name!r} ranks and drops tokens at layers {stages}, this model has {len(layers)}"
         )
-    reason = upstream.layers_that_cannot_drop(language_model, {rank for rank, _ in stages})
+    reason = upstream.layers_that_cannot_drop(language_model, stages)
     if reason is not None:
         raise UnsupportedModelError(
             f"selector {selector.name!r} cannot drop between the layers of {type(language_model).__name__}: {reason}"
@@ -145,8 +145,8 @@ def hook_layers(language_model: nn.Module, selector: InsideSelector) -> list[Any
     layers: Any = language_model.layers
     register()
     handles: list[Any] = []
-    for number, layer in enumerate(layers):
-        hook = LayerHook(number, tuple(stages))
+    for number, (layer, source) in enumerate(zip(layers, upstream.key_layers(layers) or (), strict=True)):
+        hook = LayerHook(number, source, tuple(stages))
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         handles.append(layer.register_forward_hook(AfterLayerHook(number)))
         if any(number == rank for rank, _ in stages):
@@ -162,11 +162,17 @@ class LayerHook(Hook):
 
     Attributes:
         number: The layer.
+        source: The layer whose keys it reads; itself, in most models.
         stages: Per drop the layer that ranks, and the first one without the dropped tokens.
     """
 
     number: int
+    source: int
     stages: tuple[tuple[int, int], ...]
+
+    def taken(self, tokens: int) -> int:
+        """How many keys of a call of so many tokens are there before this layer runs."""
+        return tokens if self.source != self.number else 0
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """New arguments of the layer, or None."""
@@ -190,11 +196,11 @@ class LayerHook(Hook):
             drops.drop(self.number, stage, len(self.stages))
         if drops.plan is None:
             return None
-        return cut(drops.plan, self.number, layer, args, kwargs)
+        return cut(drops.plan, self, layer, args, kwargs)
 
     def _rank_ahead(self, drops: LayerDrops, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if drops.plan is not None:
-            args, kwargs = cut(drops.plan, self.number, layer, args, kwargs)
+            args, kwargs = cut(drops.plan, self, layer, args, kwargs)
         try:
             # Its forward, not a call: the hooks around it belong to the real run. It ends in its attention.
             type(layer).forward(layer, *args, **kwargs)
@@ -206,7 +212,7 @@ class LayerHook(Hook):
         """The mask of a later call for a layer whose cache lacks what was dropped."""
         view = find(kwargs)
         states = states_of(logical_of(view))
-        start = max((one for one in states if one <= self.number), default=0)
+        start = max((one for one in states if one <= self.source), default=0)
         if not start:
             return None
         cache, state, mask = logical_of(view), states[start], kwargs.get("attention_mask")
@@ -216,15 +222,16 @@ class LayerHook(Hook):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         queries = hidden.shape[-2]
-        keys = state.keys(int(physical(cache).get_seq_length(self.number)) + queries)
+        taken = self.taken(queries)
+        keys = state.keys(int(physical(cache).get_seq_length(self.source)) + queries - taken)
         if mask is None:
-            new = masks.causal_4d(keys, queries, window(physical(cache), queries, self.number))
+            new = masks.causal_4d(keys, queries, window(physical(cache), queries, self.source, taken))
         elif mask.ndim == 2:
             new = masks.mask_2d(mask, keys)
         else:
             rows = torch.arange(queries, device=mask.device).expand(len(keys.index), -1)
-            logical = window(cache, queries, self.number)
-            new = masks.mask_4d(mask, rows, keys, logical, window(physical(cache), queries, self.number))
+            logical = window(cache, queries, self.source, taken)
+            new = masks.mask_4d(mask, rows, keys, logical, window(physical(cache), queries, self.source, taken))
         return args, {**kwargs, "attention_mask": new}
 
 
@@ -275,13 +282,13 @@ class RankingHook(Hook):
 
 
 def cut(
-    plan: Plan, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    plan: Plan, hook: LayerHook, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a decoder layer for the tokens of a plan."""
     view = find(kwargs)
     new = {name: value if value is view else _tokens(name, value, plan) for name, value in kwargs.items()}
     if "attention_mask" in kwargs:
-        new["attention_mask"] = _layer_mask(kwargs["attention_mask"], plan, number, view, layer)
+        new["attention_mask"] = _layer_mask(kwargs["attention_mask"], plan, hook, view, layer)
     return tuple(_tokens("hidden_states", value, plan) for value in args), new
 
 
@@ -299,7 +306,7 @@ def _tokens(name: str, value: Any, plan: Plan) -> Any:
     return take(moved, plan.index).movedim((0, 1), (-3, -2))
 
 
-def _layer_mask(mask: Tensor | None, plan: Plan, number: int, cache: Any, layer: Any) -> Tensor | None:
+def _layer_mask(mask: Tensor | None, plan: Plan, hook: LayerHook, cache: Any, layer: Any) -> Tensor | None:
     kept = plan.index.shape[1]
     keys = KeyMap(plan.index, plan.valid, plan.full)
     attention = upstream.attention_module(layer)
@@ -308,9 +315,10 @@ def _layer_mask(mask: Tensor | None, plan: Plan, number: int, cache: Any, layer:
         return None
     if "flash" in kernel or (mask is not None and mask.ndim == 2):
         return masks.mask_2d(None if mask is None else mask[:, : plan.length], keys)
-    present = window(physical(cache), kept, number)
+    taken = hook.taken(kept)
+    present = window(physical(cache), kept, hook.source, taken)
     if mask is None:
         made = masks.causal_4d(keys, kept, present)
     else:
-        made = masks.mask_4d(mask, plan.index, keys, window(cache, plan.length, number), present)
+        made = masks.mask_4d(mask, plan.index, keys, window(cache, plan.length, hook.source, taken), present)
     return masks.let_fillers_see(made, plan.valid)

@@ -1,0 +1,151 @@
+"""The independent reference for selectors that drop between layers, on any family.
+
+It is the *unpatched* eager model. From each layer on, hooks add to its 4-D mask, so that nobody sees the dropped
+tokens; what drops is told by the model's own attention maps and plain loops.
+"""
+
+import copy
+
+import torch
+from reference import lengthen_types, original_positions, positions_and_next
+from tiny import EAGER_ONLY, IMAGE, IMAGE_ID, TINY, AutoModelForImageTextToText
+
+DEPTH = 5
+# name -> (arguments, {depth of the model: [(layer that ranks, first layer without the dropped tokens)]})
+METHODS = {
+    "fastv": ({"layers": 2}, {5: [(1, 2)], 8: [(1, 2)]}),
+    "pyramiddrop": ({"depths": [0.4, 0.8]}, {5: [(2, 2), (4, 4)], 8: [(3, 3), (6, 6)]}),
+    "sparsevlm": ({"depths": [0.2, 0.4]}, {5: [(1, 2), (2, 3)], 8: [(1, 2), (3, 4)]}),
+}
+
+
+def build_deep(family, attention="sdpa", depth=DEPTH, shared=0, **text):
+    """A tiny model in eval mode with more layers, the last `shared` of which read the keys of others where the family can."""
+    config = copy.deepcopy(TINY[family].config())  # some families' configs share their parts
+    inner = config.get_text_config()
+    for name in ("layer_types", "mlp_layer_types", "intermediate_size", "activation_sparsity_pattern"):
+        kinds = getattr(inner, name, None)
+        if isinstance(kinds, list):
+            setattr(inner, name, (kinds * depth)[:depth])
+    inner.num_hidden_layers = depth
+    if getattr(inner, "num_kv_shared_layers", 0):
+        inner.num_kv_shared_layers = shared
+    for name, value in text.items():
+        setattr(inner, name, value)
+    attention = "eager" if family in EAGER_ONLY else attention
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        model.lm_head.weight[89:] = 0  # such a model never says a placeholder or marker token
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def left_after(name, total, budget):
+    """How many tokens of a group each drop leaves, in order."""
+    stages = len(METHODS[name][1][DEPTH])
+    if name == "fastv":
+        return [budget]
+    return [max(round(total * (budget / total) ** ((stage + 1) / stages)), budget) for stage in range(stages)]
+
+
+def groups_of(family, inputs, prompts, seed=0, scope="sample"):
+    """[(row, its visual places)]: the visual tokens that share a budget."""
+    found = []
+    for row, (ids, prompt) in enumerate(zip(inputs["input_ids"].tolist(), prompts, strict=True)):
+        places = [place for place, token in enumerate(ids) if token == IMAGE_ID]
+        count = prompt.count(IMAGE)
+        if scope == "sample" or count < 2:
+            found += [(row, places)] if places else []
+            continue
+        for picture in TINY[family].pictures(count, seed + 7 * len(prompt))[1]:
+            own, places = places[: picture.count(IMAGE_ID)], places[picture.count(IMAGE_ID) :]
+            found.append((row, own))
+        assert not places
+    return found
+
+
+def masked_run(model, inputs, gone, positions=None, **options):
+    """Run the unpatched eager model; from each layer on, hide the columns that `gone` gives for it ([B, L] bool)."""
+
+    def hide(hidden):
+        def hook(layer, args, kwargs):
+            mask = kwargs["attention_mask"]
+            assert mask.ndim == 4 and mask.is_floating_point() and mask.shape[-1] == hidden.shape[1]
+            return args, {**kwargs, "attention_mask": mask.masked_fill(hidden[:, None, None], torch.finfo(mask.dtype).min)}
+
+        return hook
+
+    handles = []
+    for index, layer in enumerate(model.get_decoder().layers):
+        handles += [
+            layer.register_forward_pre_hook(hide(gone[first]), with_kwargs=True) for first in gone if index >= first
+        ]
+    if positions is None:
+        positions = original_positions(model, inputs)
+    with torch.no_grad():
+        output = model(**inputs, position_ids=positions, use_cache=False, **options)
+    for handle in handles:
+        handle.remove()
+    return output
+
+
+def dropped(model, inputs, name, groups, budget, asking):
+    """{first layer: [B, L] bool} who is gone.
+
+    Args:
+        model: The unpatched eager model.
+        inputs: The prompt.
+        name: The method.
+        groups: As from `groups_of`.
+        budget: Tokens of each group that are left in the end.
+        asking: Per group the places whose attention ranks.
+    """
+    gone, alive = {}, [list(places) for _, places in groups]
+    for stage, (rank, drop) in enumerate(METHODS[name][1][len(model.get_decoder().layers)]):
+        maps = masked_run(model, inputs, gone, output_attentions=True).attentions[rank]
+        gone[drop] = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        for number, (row, places) in enumerate(groups):
+            keep = left_after(name, len(places), min(budget, len(places)))[stage]
+            seen = maps[row][:, asking[number]].mean((0, 1))
+            order = sorted(sorted(alive[number]), key=lambda place: -float(seen[place]))
+            alive[number] = order[:keep]
+            gone[drop][row, [place for place in places if place not in alive[number]]] = True
+    return gone
+
+
+def watch_asking(selector, length):
+    """Let a selector note whose attention ranks; returns the list that is filled: per group, places.
+
+    The raters themselves are checked in test_inside.py; here only what the engine makes of them.
+    """
+    seen, own = [], selector.asking
+
+    def asking(batch):
+        named = own(batch)
+        named = torch.zeros_like(batch.text_mask) if named is None else named & batch.text_mask
+        seen.clear()
+        seen.extend(batch.text_index[group, one].tolist() for group, one in enumerate(named))
+        return named
+
+    selector.asking = asking
+    return seen
+
+
+def lengthen(family, inputs, tokens):
+    """Inputs with text tokens [B, T] after the prompt."""
+    more = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens], 1)}
+    more["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, tokens.shape[1]), value=1)
+    lengthen_types(family, more, tokens.shape[1])
+    return more
+
+
+def stays(inputs, gone):
+    """[B, L] bool: what no layer lacks."""
+    held = inputs["attention_mask"].bool()
+    for one in gone.values():
+        held = held & ~one
+    return held
+
+
