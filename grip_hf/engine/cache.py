@@ -196,7 +196,7 @@ def restore_class(cache: Any) -> None:
 
 
 def find(arguments: Mapping[str, Any]) -> Any:
-    """The KV cache among the arguments of a call, or None.
+    """The KV cache among the arguments of a call, or None; a paged one is none that anything is dropped from.
 
     Raises:
         UnsupportedModelError: A cache comes under an unknown name, or something else under a known one.
@@ -206,7 +206,7 @@ def find(arguments: Mapping[str, Any]) -> Any:
             if name not in upstream.CACHE_NAMES:
                 raise upstream.unknown(f"a KV cache was given as {name!r}, known names are {upstream.CACHE_NAMES}")
             return value
-        if value is not None and name in upstream.CACHE_NAMES:
+        if value is not None and name in upstream.CACHE_NAMES and not upstream.is_paged(arguments):
             raise upstream.unknown(f"the argument {name!r} is a {type(value).__name__}, not a cache of transformers")
     return None
 

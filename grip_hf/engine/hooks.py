@@ -279,7 +279,7 @@ def _restore(module: nn.Module, kwargs: dict[str, Any], cache: Any, output: Any)
         return None
     if cache is None and made is not None:
         upstream.check_new_cache(made, kwargs, module.config, step.kept)
-    grown = grow_output(output, step.plan, growths(step, layers))
+    grown = grow_output(output, step.plan, growths(step, layers), layers is not None)
     cache = made if cache is None else cache
     if cache is None:
         return grown

@@ -148,7 +148,8 @@ def hook_layers(language_model: nn.Module, selector: InsideSelector) -> list[Any
     for number, (layer, source) in enumerate(zip(layers, upstream.key_layers(layers) or (), strict=True)):
         hook = LayerHook(number, source, tuple(stages))
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        handles.append(layer.register_forward_hook(AfterLayerHook(number)))
+        # First of all hooks, so that those of whoever records hidden states see them at their length.
+        handles.append(layer.register_forward_hook(AfterLayerHook(number), prepend=True))
         if any(number == rank for rank, _ in stages):
             attention = upstream.attention_module(layer)
             assert attention is not None

@@ -25,6 +25,8 @@ TESTED = ("5.16.1", "5.19.0", "5.24.0")
 
 # The KV cache among arguments and outputs: `cache` since 5.24, `past_key_values` before (an alias until 5.40).
 CACHE_NAMES = ("cache", "past_key_values")
+# The cache of continuous batching, which is none of transformers' other caches.
+PAGED = "PagedAttentionCache"
 # Pictures that were encoded before the call; since 5.18.
 ENCODED = "mm_encoder_outputs"
 # Arguments with which pictures or videos come, and the methods that encode them.
@@ -214,6 +216,11 @@ def _crop_takes_a_length() -> bool:
 def static_length(cache: Cache) -> int:
     """Number of slots of a static cache."""
     return int(cache.get_max_length())
+
+
+def is_paged(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call belongs to continuous batching."""
+    return any(type(arguments.get(name)).__name__ == PAGED for name in CACHE_NAMES)
 
 
 def encoded_outputs(arguments: Mapping[str, Any]) -> list[Any]:
