@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import GripError, UnsupportedModelError
 from . import masks, upstream
+from .attention_masks import outgrows_window, uses_flash
 from .cache import find, logical_of, physical, states_of, window
 from .call import Step
 from .choice import Choice
@@ -179,7 +180,7 @@ class LayerHook(Hook):
         """New arguments of the layer, or None."""
         context = running()
         if context is None or context.layers is None:
-            return self._later(args, kwargs)
+            return self._later(layer, args, kwargs)
         return self._first(context.layers, layer, args, kwargs)
 
     @torch.compiler.disable
@@ -209,23 +210,28 @@ class LayerHook(Hook):
             return
         raise upstream.unknown(f"{type(layer).__name__} does not call its attention")
 
-    def _later(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _later(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The mask of a later call for a layer whose cache lacks what was dropped."""
         view = find(kwargs)
         states = states_of(logical_of(view))
-        start = max((one for one in states if one <= self.source), default=0)
+        start = 0
+        for one in states:  # rising; torch.compile follows no less plain a way to find the last that is not above
+            start = one if one <= self.source else start
         if not start:
             return None
         cache, state, mask = logical_of(view), states[start], kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 4 and state.columns is not None:
             return args, {**kwargs, "attention_mask": masks.pick_columns(mask, state.columns)}
-        if mask is None and state.full:
-            return None
         hidden = args[0] if args else kwargs["hidden_states"]
         queries = hidden.shape[-2]
         taken = self.taken(queries)
         keys = state.keys(int(physical(cache).get_seq_length(self.source)) + queries - taken)
-        if mask is None:
+        flash = _runs_flash(layer, keys.index.shape[1] + state.dropped)
+        if mask is None and state.full:
+            return None
+        if flash:
+            new = masks.mask_2d(mask, keys)
+        elif mask is None:
             new = masks.causal_4d(keys, queries, window(physical(cache), queries, self.source, taken))
         elif mask.ndim == 2:
             new = masks.mask_2d(mask, keys)
@@ -310,12 +316,13 @@ def _tokens(name: str, value: Any, plan: Plan) -> Any:
 def _layer_mask(mask: Tensor | None, plan: Plan, hook: LayerHook, cache: Any, layer: Any) -> Tensor | None:
     kept = plan.index.shape[1]
     keys = KeyMap(plan.index, plan.valid, plan.full)
-    attention = upstream.attention_module(layer)
-    kernel = upstream.attention_kernel(attention.config) if attention is not None else ""
+    if _runs_flash(layer, plan.length):
+        # Also where all stay: without a mask it would read the gaps between positions as packing.
+        return masks.mask_2d(None if mask is None else mask[:, : plan.length], keys)
     if mask is None and plan.full:
         return None
-    if "flash" in kernel or (mask is not None and mask.ndim == 2):
-        return masks.mask_2d(None if mask is None else mask[:, : plan.length], keys)
+    if mask is not None and mask.ndim == 2:
+        return masks.mask_2d(mask[:, : plan.length], keys)
     taken = hook.taken(kept)
     present = window(physical(cache), kept, hook.source, taken)
     if mask is None:
@@ -323,3 +330,20 @@ def _layer_mask(mask: Tensor | None, plan: Plan, hook: LayerHook, cache: Any, la
     else:
         made = masks.mask_4d(mask, plan.index, keys, window(cache, plan.length, hook.source, taken), present)
     return masks.let_fillers_see(made, plan.valid)
+
+
+def _runs_flash(layer: Any, length: int) -> bool:
+    """Whether a decoder layer runs flash attention, which counts kept tokens only.
+
+    Raises:
+        GripError: It does, and `length` positions outgrow a sliding window.
+    """
+    attention = upstream.attention_module(layer)
+    if attention is None or not uses_flash(attention.config):
+        return False
+    if outgrows_window(attention.config, length):
+        raise GripError(
+            f"cannot prune {length} positions with flash attention and a sliding window of "
+            f"{upstream.sliding_window(attention.config)}: it would count kept tokens only; use sdpa"
+        )
+    return True
