@@ -7,10 +7,13 @@ tokens; what drops is told by the model's own attention maps and plain loops.
 import copy
 
 import torch
-from reference import lengthen_types, original_positions, positions_and_next
-from tiny import EAGER_ONLY, IMAGE, IMAGE_ID, TINY, AutoModelForImageTextToText
+from reference import lengthen_types, original_positions
+from tiny import EAGER_ONLY, IMAGE, IMAGE_ID, PAD, TINY
+from transformers import AutoModelForImageTextToText
 
-DEPTH = 5
+from grip_hf import apply_grip
+
+DEPTH, BUDGET = 5, 2
 # name -> (arguments, {depth of the model: [(layer that ranks, first layer without the dropped tokens)]})
 METHODS = {
     "fastv": ({"layers": 2}, {5: [(1, 2)], 8: [(1, 2)]}),
@@ -19,7 +22,7 @@ METHODS = {
 }
 
 
-def build_deep(family, attention="sdpa", depth=DEPTH, shared=0, **text):
+def build_deep(family, attention="sdpa", depth=DEPTH, shared=0):
     """A tiny model in eval mode with more layers, the last `shared` of which read the keys of others where the family can."""
     config = copy.deepcopy(TINY[family].config())  # some families' configs share their parts
     inner = config.get_text_config()
@@ -30,15 +33,13 @@ def build_deep(family, attention="sdpa", depth=DEPTH, shared=0, **text):
     inner.num_hidden_layers = depth
     if getattr(inner, "num_kv_shared_layers", 0):
         inner.num_kv_shared_layers = shared
-    for name, value in text.items():
-        setattr(inner, name, value)
     attention = "eager" if family in EAGER_ONLY else attention
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         model.lm_head.weight[89:] = 0  # such a model never says a placeholder or marker token
     model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    model.generation_config.pad_token_id = PAD
     return model.eval()
 
 
@@ -73,7 +74,8 @@ def masked_run(model, inputs, gone, positions=None, **options):
         def hook(layer, args, kwargs):
             mask = kwargs["attention_mask"]
             assert mask.ndim == 4 and mask.is_floating_point() and mask.shape[-1] == hidden.shape[1]
-            return args, {**kwargs, "attention_mask": mask.masked_fill(hidden[:, None, None], torch.finfo(mask.dtype).min)}
+            masked = mask.masked_fill(hidden[:, None, None], torch.finfo(mask.dtype).min)
+            return args, {**kwargs, "attention_mask": masked}
 
         return hook
 
@@ -91,7 +93,7 @@ def masked_run(model, inputs, gone, positions=None, **options):
     return output
 
 
-def dropped(model, inputs, name, groups, budget, asking):
+def dropped(model, inputs, name, groups, asking):
     """{first layer: [B, L] bool} who is gone.
 
     Args:
@@ -99,7 +101,6 @@ def dropped(model, inputs, name, groups, budget, asking):
         inputs: The prompt.
         name: The method.
         groups: As from `groups_of`.
-        budget: Tokens of each group that are left in the end.
         asking: Per group the places whose attention ranks.
     """
     gone, alive = {}, [list(places) for _, places in groups]
@@ -107,7 +108,7 @@ def dropped(model, inputs, name, groups, budget, asking):
         maps = masked_run(model, inputs, gone, output_attentions=True).attentions[rank]
         gone[drop] = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         for number, (row, places) in enumerate(groups):
-            keep = left_after(name, len(places), min(budget, len(places)))[stage]
+            keep = left_after(name, len(places), min(BUDGET, len(places)))[stage]
             seen = maps[row][:, asking[number]].mean((0, 1))
             order = sorted(sorted(alive[number]), key=lambda place: -float(seen[place]))
             alive[number] = order[:keep]
@@ -115,22 +116,33 @@ def dropped(model, inputs, name, groups, budget, asking):
     return gone
 
 
-def watch_asking(selector, length):
-    """Let a selector note whose attention ranks; returns the list that is filled: per group, places.
+def patched(family, name, attention="sdpa", depth=DEPTH, shared=0, **settings):
+    """A deep tiny model that drops between its layers until `BUDGET` tokens of each group are left."""
+    model = build_deep(family, attention, depth, shared)
+    return apply_grip(model, selector=name, selector_kwargs=METHODS[name][0], **{"num_tokens": BUDGET, **settings})
 
-    The raters themselves are checked in test_inside.py; here only what the engine makes of them.
+
+def watched(plain, model, family, prompts, inputs, call, scope="sample"):
+    """What `call` gives on a patched model, and who should be gone from which layer on, as from `dropped`.
+
+    Whose attention ranks is noted from the selector, or is the last token of the prompt: the raters themselves are
+    checked in test_inside.py, here only what the engine makes of them.
     """
-    seen, own = [], selector.asking
+    seen, selector = [], model.grip.selector
 
     def asking(batch):
-        named = own(batch)
+        named = type(selector).asking(selector, batch)
         named = torch.zeros_like(batch.text_mask) if named is None else named & batch.text_mask
-        seen.clear()
-        seen.extend(batch.text_index[group, one].tolist() for group, one in enumerate(named))
+        seen[:] = [batch.text_index[group, one].tolist() for group, one in enumerate(named)]
         return named
 
     selector.asking = asking
-    return seen
+    try:
+        result = call()
+    finally:
+        del selector.asking
+    groups, last = groups_of(family, inputs, prompts, scope=scope), inputs["input_ids"].shape[1] - 1
+    return result, dropped(plain, inputs, selector.name, groups, [places or [last] for places in seen])
 
 
 def lengthen(family, inputs, tokens):
@@ -149,3 +161,8 @@ def stays(inputs, gone):
     return held
 
 
+
+
+def go_on(gone, steps):
+    """The same for a sequence that has gone on for a few tokens, none of which is gone."""
+    return {first: torch.nn.functional.pad(one, (0, steps)) for first, one in gone.items()}
