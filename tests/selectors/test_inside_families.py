@@ -6,9 +6,21 @@ import pickle
 import pytest
 import torch
 from asking import RAGGED, generate
-from layered import METHODS, build_deep, dropped, go_on, groups_of, lengthen, masked_run, patched, stays, watched
+from layered import (
+    METHODS,
+    assert_close,
+    build_deep,
+    dropped,
+    go_on,
+    groups_of,
+    lengthen,
+    masked_run,
+    patched,
+    stays,
+    watched,
+)
 from matrix import REFUSED, STATES, every_family, lacking
-from reference import assert_close, lengthen_types, original_positions, positions_and_next
+from reference import lengthen_types, original_positions, positions_and_next
 from tiny import EAGER_ONLY, IMAGE, IMAGE_ID, make_inputs
 from versions import CACHE, RESET_EMPTIES
 
@@ -69,7 +81,8 @@ def test_decoding_sees_the_same_tokens(family, name):
         expected = masked_run(plain, longer, go_on(gone, new.shape[1]), positions).logits[:, length - 1 : -1]
         assert_close(family, torch.stack(out.logits, 1), expected)
         held = [layer.keys.shape[2] for layer in out[CACHE].layers if not layer.is_sliding]
-        assert held == sorted(held, reverse=True) and held[0] > held[-1]  # and the cache really gets that small
+        # And the cache really gets that small, but where all layers are sliding ones.
+        assert held == sorted(held, reverse=True) and (not held or held[0] > held[-1])
         for options, check in ((STATIC, "static cache"), ({"use_cache": False}, "no cache")):
             control = build_deep(family, attention)
             if not lacking(check, family, lambda: generate(control, inputs, **options)):  # noqa: B023
@@ -189,7 +202,10 @@ def test_an_answer_does_not_rank(family, name):
     """In training the call holds the answer, and padding after it: what goes must be what generation drops."""
     plain, model, prompt = unpatched(family), patched(family, name), make_inputs(family, PAIR)
     _, gone = watched(plain, model, family, PAIR, prompt, lambda: model(**prompt))
-    whole, positions = lengthen(family, prompt, torch.tensor([[7, 8, 2], [9, 6, 2]])), positions_and_next(plain, prompt, 5)
+    whole, positions = (
+        lengthen(family, prompt, torch.tensor([[7, 8, 2], [9, 6, 2]])),
+        positions_and_next(plain, prompt, 5),
+    )
     labels = torch.nn.functional.pad(torch.full_like(prompt["input_ids"], -100), (0, 3), value=7)
     expected = masked_run(plain, whole, go_on(gone, 3), positions[..., :-2], labels=labels).logits
     padded = {**whole, **{key: torch.nn.functional.pad(whole[key], (0, 2)) for key in ("input_ids", "attention_mask")}}
