@@ -107,7 +107,8 @@ def _asking(selector: Any, choice: Choice, length: int) -> Tensor:
     named = selector.asking(batch)
     asked = torch.zeros(len(groups.row), length, dtype=torch.bool, device=groups.place.device)
     if named is not None and index.shape[1]:
-        asked.scatter_(1, index, named & batch.text_mask)
+        # Added up, because padding has index 0 too: it must not overwrite what is said of the first token.
+        asked = torch.zeros_like(asked, dtype=torch.long).scatter_add(1, index, (named & batch.text_mask).long()) > 0
     last = (groups.place * groups.mask).amax(1)
     if index.shape[1]:
         last = last.maximum((index * batch.text_mask).amax(1))

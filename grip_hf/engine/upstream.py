@@ -348,7 +348,7 @@ def layers_that_cannot_drop(language_model: nn.Module, stages: Iterable[tuple[in
     if read and last > min(read):
         return (
             f"its layers {sources.index(min(read), min(read) + 1)} to {len(sources) - 1} read the keys of earlier "
-            f"ones, from layer {min(read)} on, so that no token can go after that layer, and some would at layer {last}"
+            f"ones, from layer {min(read)} on, after which no token can go; some would at layer {last}"
         )
     return None
 

@@ -62,7 +62,9 @@ def test_layers_that_read_the_keys_of_earlier_ones(family, name):
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
 def test_no_token_goes_after_a_layer_whose_keys_are_read_later(family):
     model = build_deep(family, **SHARED)
-    with pytest.raises(UnsupportedModelError, match="layers 6 to 7 read .* from layer 4 on, .* some would at layer 6"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers 6 to 7 read .* from layer 4 on, .* some would at layer 6"
+    ):
         apply_grip(model, selector="pyramiddrop", selector_kwargs=METHODS["pyramiddrop"][0], num_tokens=2)
     assert not hasattr(model, "grip")
 

@@ -23,7 +23,7 @@ METHODS = {
 
 
 def build_deep(family, attention="sdpa", depth=DEPTH, shared=0):
-    """A tiny model in eval mode with more layers, the last `shared` of which read the keys of others where the family can."""
+    """A tiny model in eval mode with more layers; where the family can, the last `shared` read the keys of others."""
     config = copy.deepcopy(TINY[family].config())  # some families' configs share their parts
     inner = config.get_text_config()
     for name in ("layer_types", "mlp_layer_types", "intermediate_size", "activation_sparsity_pattern"):
@@ -167,5 +167,5 @@ def go_on(gone, steps):
 
 
 def assert_close(family, ours, theirs):
-    """Equal up to rounding, which deeper models magnify more than those of reference.py; a wrong token shows at 1e-2."""
+    """Equal up to rounding, which deeper models magnify more; a wrong token shows at 1e-2."""
     torch.testing.assert_close(ours, theirs, atol=max(2e-4, 2 * LOOSE.get(family, 0)), rtol=1e-3)
