@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -76,10 +76,10 @@ def grow_output(output: Any, plan: Plan, growths: Mapping[int, Growth | None], b
         output["last_hidden_state"] = _states(output["last_hidden_state"], entered)
         if output.get("hidden_states") is not None:
             output["hidden_states"] = _states(output["hidden_states"], entered)
-    elif growths.get(0) is not None and _recorded(output, "hidden_states"):
+    elif (entering := growths.get(0)) is not None and _recorded(output, "hidden_states"):
         # What entered the first layer is recorded as that layer got it.
         incoming, *later = output["hidden_states"]
-        output["hidden_states"] = type(output["hidden_states"])((_states(incoming, growths[0]), *later))
+        output["hidden_states"] = type(output["hidden_states"])((_states(incoming, entering), *later))
     if _recorded(output, "attentions"):
         output["attentions"] = _weights(output["attentions"], growths)
     return output
@@ -97,7 +97,7 @@ def _states(hidden: Any, growth: Growth) -> Any:
     return growth.states(hidden) if isinstance(hidden, Tensor) and hidden.shape[-2] == growth.kept else hidden
 
 
-def _weights(attentions: Sequence[Any], growths: Mapping[int, Growth | None]) -> Any:
+def _weights(attentions: Any, growths: Mapping[int, Growth | None]) -> Any:
     """Attention weights [B, H, K, keys] of each layer."""
     grown, growth = [], None
     for layer, weights in enumerate(attentions):
