@@ -231,7 +231,7 @@ def _prune(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if context is not None:
         context.call = call
     if not bool(call.visual.any()) and (call.state is None or call.state.trivial):
-        return None
+        return (args, upstream.without_slicing(kwargs)) if len(states_of(call.cache)) > 1 else None
     check(call)
     choice = choose(context, call) if context is not None and bool(call.visual.any()) else None
     if choice is not None and choice.embeds is not None:
@@ -243,6 +243,8 @@ def _prune(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         context.step = step
         context.layers = None if choice is None else LayerDrops.of(context.boundary.selector, choice, step)
         remember_last(context.boundary, LastCall.of(step, choice))
+    if context is not None and context.layers is not None:
+        return args, upstream.without_slicing(kwargs)
     return None if step.changes_nothing else (args, _shown(prune_arguments(step), call.cache))
 
 
@@ -279,7 +281,7 @@ def _restore(module: nn.Module, kwargs: dict[str, Any], cache: Any, output: Any)
         return None
     if cache is None and made is not None:
         upstream.check_new_cache(made, kwargs, module.config, step.kept)
-    grown = grow_output(output, step.plan, growths(step, layers))
+    grown = grow_output(output, step.plan, growths(step, layers), layers is not None)
     cache = made if cache is None else cache
     if cache is None:
         return grown
