@@ -90,6 +90,14 @@ class GripHandle:
         """
         return told(self, prompt)
 
+    def follow(self, leader: GripHandle) -> None:
+        """Let what is said of another model's patch, its budget and its prompts, count for this one in place of its own.
+
+        Args:
+            leader: The handle of that model, such as the policy of which this is the reference.
+        """
+        self._boundary.budget, self._boundary.key = leader._budget, leader._boundary.key
+
     @property
     def last(self) -> LastCall | None:
         """What the last call with pictures in this thread kept; None before the first one."""

@@ -19,11 +19,17 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .callers import IGNORED, answer_of_callers
+from .callers import IGNORED, answer_of_callers, has_unpruned_reference
 from .context import CallContext, prompt_of_generation
 
 # A stack of (owner, prompt), so that several models may be told at once; private to each thread and task.
 _told: ContextVar[tuple[tuple[object, Tensor | Sequence[int]], ...]] = ContextVar("grip_prompts", default=())
+
+
+UNPRUNED = (
+    "the trainer compares a patched model with a reference model that sees all visual tokens; prune that one too: "
+    "trainer.add_callback(grip_hf.training.PruneReference(trainer))"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +73,9 @@ def read_question(context: CallContext, visual: Tensor, real: Tensor, first: boo
         first: Whether no cache came with it, so that an answer may be in it.
     """
     text = real & ~visual
+    boundary = context.boundary
+    if UNPRUNED not in boundary.said and boundary.trains(context) and has_unpruned_reference(boundary.parts.owner):
+        boundary.warn_once(UNPRUNED)
     answer = find_answer(context, text, real, first)
     if answer is None:
         return Question(text, torch.zeros_like(text, dtype=torch.long))
