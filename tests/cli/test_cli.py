@@ -1,10 +1,12 @@
 """The command line, on the shipped pocket model."""
 
 import json
+from importlib import metadata
 
 import pytest
 from typer.testing import CliRunner
 
+import grip_hf
 from grip_hf.cli.app import app
 from grip_hf.pocket import load_pocket_llava, make_scene
 
@@ -57,3 +59,9 @@ def test_every_command_has_help():
     for command in ("demo", "bench", "eval", "train"):
         assert command in result.output
         assert runner.invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_the_version_is_that_of_the_installed_package():
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0 and result.output == f"grip-hf {metadata.version('grip-hf')}\n"
+    assert grip_hf.__version__ == metadata.version("grip-hf")

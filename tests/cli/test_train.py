@@ -10,6 +10,7 @@ import typer
 from classroom import build_vlm, rows
 from datasets import Dataset
 from typer.testing import CliRunner
+from versions import TRAINING
 
 from grip_hf.cli.train import train as train_command
 from grip_hf.patch import apply_grip
@@ -42,6 +43,7 @@ def command():
     return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
 
 
+@TRAINING
 def test_a_model_and_dataset_of_ones_own_without_answers(command, model_folder, data_folder, tmp_path):
     own = ["--model", model_folder, "--dataset", data_folder, "--eval-examples", "3"]
     done = command("--output", tmp_path, *own, *SMALL, *SCORER)
@@ -59,6 +61,7 @@ def test_a_model_and_dataset_of_ones_own_without_answers(command, model_folder, 
     assert (tmp_path / "grpo" / "scorer" / "model.safetensors").stat().st_mtime_ns == before
 
 
+@TRAINING
 def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
     pocket = ["--pocket", "--pocket-model", model_folder, "--rows", "18", "--eval-examples", "0"]
     done = command("--output", tmp_path, *pocket, *SMALL, *SCORER, "--method", "relaxed")
@@ -99,6 +102,7 @@ def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
         (["--pocket", "--report-to", "nowhere"], "nowhere is not supported"),
     ],
 )
+@TRAINING
 def test_bad_arguments(command, model_folder, data_folder, tmp_path, args, message):
     args = [arg.format(model=model_folder, data=data_folder) for arg in args]
     done = command("--output", tmp_path, "--cpu", *args)
@@ -106,6 +110,7 @@ def test_bad_arguments(command, model_folder, data_folder, tmp_path, args, messa
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("checkpoint-*"))
 
 
+@TRAINING
 def test_an_output_that_is_no_folder(command, tmp_path):
     (tmp_path / "file").write_text("mine")
     done = command("--output", tmp_path / "file", "--pocket", "--cpu", "--eval-examples", "0")
@@ -123,6 +128,7 @@ def run_script(args, processes=1, **env):
 
 
 @pytest.mark.slow
+@TRAINING
 def test_the_example_script(model_folder, data_folder, tmp_path):
     run_script([
         EXAMPLE, "--model_name_or_path", model_folder, "--dataset_name", data_folder, "--output_dir", tmp_path,
@@ -133,6 +139,7 @@ def test_the_example_script(model_folder, data_folder, tmp_path):
 
 
 @pytest.mark.slow
+@TRAINING
 def test_two_processes_agree(tmp_path):
     """One budget per group even where a group spans both processes, and equal weights on both at the end."""
     script = tmp_path / "two.py"
