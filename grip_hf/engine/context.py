@@ -41,6 +41,7 @@ class CallContext:
         step: What stays of it, if anything goes.
         layers: What is dropped between layers, if the selector does so.
         by_base: Whether the base model was called without the model around it.
+        grad: Whether the caller has gradients on; in the midst of the call they may be off.
     """
 
     boundary: Boundary
@@ -51,6 +52,7 @@ class CallContext:
     step: Step | None = None
     layers: LayerDrops | None = None
     by_base: bool = False
+    grad: bool = dataclasses.field(default_factory=torch.is_grad_enabled)
 
 
 @dataclasses.dataclass

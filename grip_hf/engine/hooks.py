@@ -108,7 +108,7 @@ class Boundary:
 
     def trains(self, context: CallContext) -> bool:
         """Whether a call looks like one of a training step."""
-        if not torch.is_grad_enabled():
+        if not context.grad:
             return False
         config: Any = self.parts.language_model.config
         return self.parts.owner.training or not upstream.uses_cache(context.arguments or {}, config)
