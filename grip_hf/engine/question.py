@@ -31,6 +31,12 @@ UNPRUNED = (
     "trainer.add_callback(grip_hf.training.PruneReference(trainer))"
 )
 
+ALL_ANSWER = (
+    "the labels of a training call cover all text of a picture's turn, so that the answer, too, chooses its visual "
+    "tokens; put -100 at the prompt (TRL: assistant_only_loss=True or completion_only_loss=True), or say where the "
+    "prompt is: `with model.grip.prompt(mask_or_lengths): ...`"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -87,7 +93,10 @@ def read_question(context: CallContext, visual: Tensor, real: Tensor, first: boo
     turns = torch.arange(int(turn.max()) + 1, device=turn.device)
     spoken = ((turn[:, None] == turns[:, None]) & asked[:, None]).any(2).gather(1, turn)
     shown = ((turn[:, None] == turns[:, None]) & visual[:, None]).any(2).gather(1, turn)
-    return Question(asked | (text & shown & ~spoken), turn)
+    unasked = text & shown & ~spoken
+    if ALL_ANSWER not in boundary.said and boundary.trains(context) and bool(unasked.any()):
+        boundary.warn_once(ALL_ANSWER)
+    return Question(asked | unasked, turn)
 
 
 def find_answer(context: CallContext, text: Tensor, real: Tensor, first: bool) -> Tensor | None:
