@@ -60,7 +60,9 @@ class GripHandle:
         return f"GripHandle({type(self._parts.owner).__name__}, {self.config}{note})"
 
     def _budget(self) -> Budget:
-        budget = current(self)
+        budget, leader = current(self), self._boundary.leader
+        if budget is None and leader is not None:
+            return leader._budget()
         if budget is None and open_elsewhere(self):
             self._boundary.warn_once(
                 "a budget(...) or disabled() block is open in another thread and does not hold in this one. A thread "
@@ -101,12 +103,12 @@ class GripHandle:
         return told(self, prompt)
 
     def follow(self, leader: GripHandle) -> None:
-        """Let what is said of another model's patch, its budget and its prompts, count for this one in place of its own.
+        """From now on, what is said of another model's patch, its budget and its prompts, counts for this one too.
 
         Args:
             leader: The handle of that model, such as the policy of which this is the reference.
         """
-        self._boundary.budget, self._boundary.key = leader._budget, leader._boundary.key
+        self._boundary.leader = leader
 
     @property
     def last(self) -> LastCall | None:

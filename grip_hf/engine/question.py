@@ -103,7 +103,8 @@ def find_answer(context: CallContext, text: Tensor, real: Tensor, first: bool) -
     """[B, L] bool: the tokens that are an answer, or None if nobody tells."""
     batch, length = text.shape
     slots = torch.arange(length, device=text.device)
-    prompt = next((one for key, one in reversed(_told.get()) if key is context.boundary.key), None)
+    mine = [one for one in (context.boundary.key, context.boundary.leader) if one is not None]
+    prompt = next((one for key, one in reversed(_told.get()) if any(key is own for own in mine)), None)
     if prompt is not None:
         return ~_as_mask(prompt, real)
     if context.labels is not None and context.labels.shape == text.shape:

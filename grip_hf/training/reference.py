@@ -50,9 +50,7 @@ class PruneReference(TrainerCallback):
         trainer.add_callback(PruneReference(trainer))
 
     The reference is patched at once, and again whenever a step begins with another patch on the policy. A trainer
-    without a reference model is left alone. With `precompute_ref_log_probs` TRL asks the policy itself, as it is when
-    the trainer is made, and keeps the answers in the dataset's cache, found again by dataset and weights alone: give
-    each budget a dataset of its own.
+    without a reference model is left alone.
 
     Args:
         trainer: A trainer whose reference model, if any, is its attribute `ref_model`; its policy is patched.
