@@ -23,7 +23,7 @@ from .engine.question import told
 from .engine.upstream import check_language_model, is_untested
 from .errors import CacheError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
-from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
+from .hub.checkpoint import CONFIG_FILE, SaveBesideAdapter, SaveWithGrip
 from .hub.resolve import describe_base, resolve
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class GripHandle:
         self._parts = parts
         compact = config.position_ids == "compact"
         self._boundary = Boundary(parts, selector, config.scope == "image", compact, self._budget, key=self)
-        self._saver = SaveWithGrip(self)
+        self._savers = (SaveWithGrip(self), SaveBesideAdapter(self))
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
@@ -186,7 +186,8 @@ class GripHandle:
     def remove(self) -> None:
         """Remove the patch; the model is exactly as before. Doing so twice is harmless."""
         self._boundary.remove()
-        self._saver.remove()
+        for saver in self._savers:
+            saver.remove()
         if self._parts.owner.__dict__.get("grip") is self:
             del self._parts.owner.grip
 
@@ -269,7 +270,8 @@ def _attach(parts: Parts, config: GripConfig, selector: Score, scorer: nn.Module
     # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.
     remove_grip(parts.owner)
     handle._boundary.attach(hooks)
-    handle._saver.attach()
+    for saver in handle._savers:
+        saver.attach()
     if note:
         handle.note = note
         logger.warning("%s", note)

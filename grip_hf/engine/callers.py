@@ -9,6 +9,7 @@ names that are the same everywhere. Nothing of transformers or TRL is patched fo
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from types import FrameType
@@ -21,6 +22,7 @@ IGNORED = -100
 # transformers and TRL 1.8 to 1.16: labels [B, L]; or a mask of the answer [B, L]; or prompt and answer, one after the
 # other (GRPO), padded on the left and on the right.
 LABELS, MASK, PROMPT_AND_ANSWER = "labels", "completion_mask", ("prompt_ids", "completion_ids")
+DEFAULT_ADAPTER = "default"  # PEFT saves this one at the top of the folder, others below it
 PATCH = "grip"  # the attribute of a patched model
 DEPTH = 80  # frames; a trainer's loss stands 10 to 40 above the language model
 
@@ -60,6 +62,29 @@ def has_unpruned_reference(owner: nn.Module) -> bool:
                 PATCH in vars(one) for one in reference.modules()
             )
     return False
+
+
+def saving_adapters(owner: nn.Module) -> list[str]:
+    """The folders that adapters around a model are being saved to: by PEFT, or by a trainer that shares out weights.
+
+    Args:
+        owner: The model that was patched, whose weights are being collected.
+
+    Returns:
+        The folder of each adapter; nothing in a process that does not write.
+    """
+    kind = getattr(sys.modules.get("peft"), "PeftModel", ())
+    for caller, frame in _methods_around():
+        held = frame.f_locals
+        if isinstance(caller, kind) and frame.f_code.co_name == "save_pretrained":
+            if not held.get("is_main_process", True) or caller.get_base_model() is not owner:
+                return []
+            names, top = held.get("selected_adapters") or [DEFAULT_ADAPTER], os.fspath(held["save_directory"])
+            return [top if name == DEFAULT_ADAPTER else os.path.join(top, name) for name in names]
+        if _is_trainer(caller) and frame.f_code.co_name == "save_model":
+            adapted = isinstance(caller.accelerator.unwrap_model(caller.model), kind)
+            return [held["output_dir"]] if adapted and caller.args.should_save else []
+    return []
 
 
 def _is_trainer(caller: Any) -> bool:
