@@ -2,8 +2,9 @@
 
 python examples/dpo_pruned.py --keep_ratio 0.11 --selector similarity --max_steps 200 --output_dir runs/dpo
 
-accelerate launch examples/dpo_pruned.py --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name you/preferences \\
-    --use_peft --bf16 True --dtype bfloat16 --keep_ratio 0.25 --scorer you/grip-llava-1.5-7b --output_dir runs/dpo
+accelerate launch examples/dpo_pruned.py --model_name_or_path llava-hf/llava-1.5-7b-hf \\
+    --dataset_name you/preferences --use_peft --bf16 True --dtype bfloat16 --keep_ratio 0.25 \\
+    --scorer you/grip-llava-1.5-7b --output_dir runs/dpo
 
 The dataset has TRL's columns `images`, `prompt`, `chosen` and `rejected`. Without `--use_peft` a second model is the
 reference, which has to see the tokens that the policy sees: that is what `PruneReference` is for.

@@ -5,8 +5,8 @@ python examples/grpo_pruned.py --keep_ratio 0.11 --selector similarity --max_ste
 accelerate launch examples/grpo_pruned.py --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name you/questions \\
     --use_peft --bf16 True --dtype bfloat16 --keep_ratio 0.25 --scorer you/grip-llava-1.5-7b --output_dir runs/grpo
 
-The dataset has TRL's columns `images` and `prompt` (a conversation), and `answer`. Without `--use_peft` a second model is
-the reference, which has to see the tokens that the policy sees: that is what `PruneReference` is for. This trains the
+Columns of the dataset: `images`, `prompt` (a conversation) and `answer`. Without `--use_peft` a second model is the
+reference, which has to see the tokens that the policy sees: that is what `PruneReference` is for. This trains the
 model; `train_grpo.py` trains the scorer.
 """
 

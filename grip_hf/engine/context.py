@@ -40,8 +40,8 @@ class CallContext:
         call: The language model's call before pruning, once it is known.
         step: What stays of it, if anything goes.
         layers: What is dropped between layers, if the selector does so.
+        gradients: Whether gradients are on, as they are not where the selector is asked.
         by_base: Whether the base model was called without the model around it.
-        grad: Whether the caller has gradients on; in the midst of the call they may be off.
     """
 
     boundary: Boundary
@@ -51,8 +51,8 @@ class CallContext:
     call: Call | None = None
     step: Step | None = None
     layers: LayerDrops | None = None
+    gradients: bool = False
     by_base: bool = False
-    grad: bool = dataclasses.field(default_factory=torch.is_grad_enabled)
 
 
 @dataclasses.dataclass

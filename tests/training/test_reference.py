@@ -1,4 +1,4 @@
-"""A trainer's reference model keeps what the policy keeps: losses and divergences at step 1 are those of equal models."""
+"""A trainer's reference model keeps what the policy keeps: the first step is that of equal models."""
 
 import math
 
@@ -140,7 +140,7 @@ def test_dpo_is_that_of_the_masked_model(tmp_path, expected):
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
 def test_rollouts_are_scored_as_they_were_sampled(tmp_path, kind):
-    """The policy's log-probs of a rollout, before and in the step, are the masked model's under the prompt's keep-set."""
+    """Log-probs of a rollout, before and in the step, are the masked model's under the prompt's keep-set."""
     base = MAKERS[kind][0]
     seen = []
 

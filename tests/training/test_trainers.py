@@ -1,4 +1,4 @@
-"""Whatever trainer calls a patched model, the prompt alone chooses: against the prompt asked alone and a masked model."""
+"""Whatever trainer calls a patched model, the prompt alone chooses: against it alone and a masked model."""
 
 import peft
 import pytest
@@ -42,7 +42,7 @@ def batch(processor, answers=("right",), padding_side="right"):
 
 
 def by_hand(expected, smoothing=0.0, ahead=1):
-    """The mean loss over the answers' tokens, each predicted so many positions ahead, of the masked, unpatched model."""
+    """The mean loss over the answers' tokens, predicted so many positions ahead, of the masked, unpatched model."""
     model, processor = load_pocket_llava()
     inputs = batch(processor)
     labels = inputs.pop("labels")[:, ahead:]
@@ -154,7 +154,7 @@ def test_several_turns(tmp_path, expected, loss):
         processing_class=processor,
     )
     if loss == "all":
-        with pytest.warns(UserWarning, match="cover all text .* assistant_only_loss=True"):
+        with pytest.warns(UserWarning, match=r"cover all text .* assistant_only_loss=True"):
             trainer.train()
     else:
         trainer.train()
@@ -165,7 +165,7 @@ def test_several_turns(tmp_path, expected, loss):
 def test_packing_is_refused(tmp_path):
     model, processor = pruned()
     data = Dataset.from_list([talk(row) for row in ROWS])
-    with pytest.raises(ValueError, match="[Pp]acking"):
+    with pytest.raises(ValueError, match=r"[Pp]acking"):
         trl.SFTTrainer(
             model,
             trl_arguments(trl.SFTConfig, tmp_path, packing=True),
