@@ -44,6 +44,7 @@ class Boundary:
         compact: True if positions are re-numbered.
         budget: gives the budget of the call at hand.
         key: whose budgets and prompts count.
+        leader: whose count too, if another patch is followed.
     """
 
     parts: Parts
@@ -52,6 +53,7 @@ class Boundary:
     compact: bool
     budget: Callable[[], Budget]
     key: object
+    leader: Any = None
 
     def __post_init__(self) -> None:
         self.base_parameters = upstream.parameters(self.parts.base)
