@@ -17,6 +17,7 @@ from .screen import JsonFile, console, numbers, split_list
 
 def evaluate(
     pocket: Annotated[bool, typer.Option("--pocket", help="Evaluate the pocket model on held-out scenes.")] = False,
+    testbed: Annotated[str, typer.Option(help='With --pocket: which one, "pocket" or "pocket2".')] = "pocket",
     model: Annotated[str | None, typer.Option(help="Or: id or folder of a model.")] = None,
     dataset: Annotated[str | None, typer.Option(help="With --model: id or folder of a dataset with answers.")] = None,
     split: Annotated[str, typer.Option(help="Split of that dataset.")] = "test",
@@ -52,11 +53,11 @@ def evaluate(
     if pocket == (model is not None) or (model is None) != (dataset is None):
         raise typer.BadParameter("give either --pocket, or --model and --dataset")
     try:
-        chosen = named_selectors(split_list(selectors), seed, pocket)
+        chosen = named_selectors(split_list(selectors), seed, pocket, testbed)
         ratios = numbers(budgets)
         if pocket:
-            vlm, processor = load_pocket(pocket_model)
-            rows: Any = pocket_examples(examples, seed)
+            vlm, processor = load_pocket(pocket_model, testbed)
+            rows: Any = pocket_examples(examples, seed, testbed)
         else:
             assert model is not None and dataset is not None
             vlm, processor = load_model(model)
@@ -71,7 +72,7 @@ def evaluate(
             return
     show(result)
     if json_file is not None:
-        meta = {"model": "pocket" if pocket else model, "examples": len(rows), "seed": seed, "selectors": list(chosen)}
+        meta = {"model": testbed if pocket else model, "examples": len(rows), "seed": seed, "selectors": list(chosen)}
         meta["scorers"] = [name for name, one in chosen.items() if is_scorer(one)]
         write_table(json_file, result, meta)
         console.print(f"written to {json_file}")

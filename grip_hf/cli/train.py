@@ -51,6 +51,7 @@ def train(
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
     eval_examples: Annotated[int, typer.Option(min=0, help="Held-out questions for eval_table.json.")] = 450,
     pocket_model: Annotated[Path | None, typer.Option(help="Folder of another pocket model.")] = None,
+    testbed: Annotated[str, typer.Option(help='With --pocket: which one, "pocket" or "pocket2".')] = "pocket",
 ) -> None:
     """Train a scorer: supervised warm-up, then GRPO on TRL's trainer (or the relaxation that it is compared with)."""
     from ..errors import GripError
@@ -92,7 +93,7 @@ def train(
             options=options,
         )
         vlm, examples, held_out = _load(
-            pocket, pocket_model, model, dataset, split, rows, seed, eval_examples, quantize, device_map
+            pocket, pocket_model, testbed, model, dataset, split, rows, seed, eval_examples, quantize, device_map
         )
         run(plan, SampleStore(vlm, examples))
         vlm.close()
@@ -116,6 +117,7 @@ def _numbers(text: str, count: int, option: str) -> list[float]:
 def _load(
     pocket: bool,
     pocket_model: Path | None,
+    testbed: str,
     model: str | None,
     dataset: str | None,
     split: str,
@@ -132,8 +134,9 @@ def _load(
     from ..pocket.examples import PocketExamples, load_pocket
 
     if pocket:
-        held_out = PocketExamples(eval_examples, seed, "test") if eval_examples else None
-        return FrozenVLM(*load_pocket(pocket_model)), PocketExamples(rows, seed), held_out
+        held_out = PocketExamples(eval_examples, seed, "test", testbed) if eval_examples else None
+        loaded = load_pocket(pocket_model, testbed)
+        return FrozenVLM(*loaded), PocketExamples(rows, seed, testbed=testbed), held_out
     assert model is not None and dataset is not None
     examples = load_rows(dataset, split, rows + eval_examples)
     if not eval_examples:
