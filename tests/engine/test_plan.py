@@ -5,6 +5,7 @@ import torch
 
 from grip_hf.engine.budgets import Budget
 from grip_hf.engine.grouping import group_tokens, spread_taps
+from grip_hf.engine.growing import grow_output, growth
 from grip_hf.engine.masks import KeyMap, Window, causal_4d, mask_2d, mask_4d
 from grip_hf.engine.plan import compact_positions, expand, identity_plan, make_plan, source_slots, take, take_last
 from grip_hf.errors import ConfigError, GripError
@@ -39,6 +40,17 @@ def test_identity_plan_changes_nothing():
     plan, values = identity_plan(2, 5, torch.device("cpu")), torch.randn(2, 5, 3)
     assert plan.full and torch.equal(take(values, plan.index), values)
     assert torch.equal(expand(values, source_slots(plan)), values)
+
+
+def test_last_rows_of_an_output_must_be_the_last_of_the_call():
+    """Some models return only the rows that `logits_to_keep` asks for."""
+    keep = torch.tensor([[1, 0, 1, 1, 0, 1, 1]]).bool()
+    plan = make_plan(keep)
+    grown = [growth(plan, KeyMap(plan.index, plan.valid, plan.full), 7)]
+    output = (torch.randn(1, 2, 4),)
+    assert grow_output(output, plan, grown) is output
+    with pytest.raises(GripError, match="returned its last 3 positions, some of which were dropped"):
+        grow_output((torch.randn(1, 3, 4),), plan, grown)
 
 
 @pytest.mark.parametrize("shape", [(9,), (1, 9), (3, 9), (3, 1, 9), (4, 3, 9)])

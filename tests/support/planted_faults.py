@@ -134,7 +134,7 @@ FAULTS = (
         "grip_hf/engine/growing.py",
         "    if not bool((plan.index[:, -rows:] == last).all()):",
         "    if False:",
-        ("tests/engine/test_calls.py",),
+        ("tests/engine/test_plan.py",),
     ),
     Fault(
         "pictures of two turns share one budget",
