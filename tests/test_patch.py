@@ -256,6 +256,8 @@ def test_handle_round_trip(model, inputs, tmp_path):
     assert torch.equal(model(**inputs).logits, logits)
     apply_grip(model, scorer=str(tmp_path), keep_ratio=1.0)
     assert model.grip.config.keep_ratio == 1.0 and model.grip.config.num_tokens is None
+    given = GripConfig(keep_ratio=0.7, scope="image")  # before those saved with the scorer
+    assert apply_grip(model, given, scorer=tmp_path).grip.config == given.replace(selector="grip")
     apply_grip(model, keep_ratio=0.5, selector="grid")
     plain = tmp_path / "plain"
     model.grip.save_pretrained(plain)

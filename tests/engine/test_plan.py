@@ -46,11 +46,11 @@ def test_last_rows_of_an_output_must_be_the_last_of_the_call():
     """Some models return only the rows that `logits_to_keep` asks for."""
     keep = torch.tensor([[1, 0, 1, 1, 0, 1, 1]]).bool()
     plan = make_plan(keep)
-    grown = [growth(plan, KeyMap(plan.index, plan.valid, plan.full), 7)]
+    grown = {0: growth(plan, KeyMap(plan.index, plan.valid, plan.full), 7)}
     output = (torch.randn(1, 2, 4),)
-    assert grow_output(output, plan, grown) is output
+    assert grow_output(output, plan, grown, between=False) is output
     with pytest.raises(GripError, match="returned its last 3 positions, some of which were dropped"):
-        grow_output((torch.randn(1, 3, 4),), plan, grown)
+        grow_output((torch.randn(1, 3, 4),), plan, grown, between=False)
 
 
 @pytest.mark.parametrize("shape", [(9,), (1, 9), (3, 9), (3, 1, 9), (4, 3, 9)])
