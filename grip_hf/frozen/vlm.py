@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -19,11 +20,10 @@ from ..config import GripConfig
 from ..engine import taps
 from ..engine.keepsets import VisualBatch
 from ..engine.upstream import ENCODED, parameters
-from ..errors import UnsupportedModelError
+from ..errors import DatasetError, UnsupportedModelError
 from ..families.table import find_parts
 from ..patch import apply_grip, remove_grip
-from .data import DatasetError, Example
-from .lru import ByteCache
+from .data import Example
 from .samples import Encoded, Sample, one_row, share_tokens
 
 
@@ -56,7 +56,7 @@ class FrozenVLM:
             raise DatasetError(f"the processor {type(processor).__name__} has no chat template to write prompts with")
         self.model, self.processor = model.eval().requires_grad_(False), processor
         self.max_answer_tokens = max_answer_tokens
-        self._cache = ByteCache[Encoded](cache_bytes)
+        self._cache: LRUCache[str, Encoded] = LRUCache(cache_bytes, getsizeof=lambda one: one.nbytes)
         self._seen: VisualBatch | None = None
         self._keep: Sequence[Tensor] | None = None
         self.attach()
@@ -151,7 +151,9 @@ class FrozenVLM:
         taps.clear()
         features = encoder(**wanted, return_dict=True).pooler_output  # type: ignore[operator]
         encoded = Encoded(features, taps.collect())
-        return self._cache.put(key, encoded, sum(tensor.nbytes for tensor in (*features, *encoded.taps.values())))
+        if encoded.nbytes <= self._cache.maxsize:
+            self._cache[key] = encoded
+        return encoded
 
     def _tokens(self, answer: str) -> Tensor:
         tokenizer = self.processor.tokenizer

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
-from ..frozen.data import DatasetError, Example
-from ..frozen.sources import SourceError, load_model
+from ..errors import ConfigError, DatasetError, SourceError
+from ..frozen.data import Example
+from ..frozen.sources import load_model
 from .model import load_pocket_llava
 from .questions import FAMILIES, Question
 from .scenes import Scene, make_scene

@@ -8,14 +8,10 @@ import re
 import shutil
 from pathlib import Path
 
-from ..errors import GripError
+from ..errors import CheckpointError as CheckpointError
 from ..scorer.model import GripScorer
 
 STATE = "trainer_state.json"
-
-
-class CheckpointError(GripError, ValueError):
-    """A checkpoint does not fit what it is to go on with."""
 
 
 def save_scorer(scorer: GripScorer, folder: str | os.PathLike[str]) -> Path:

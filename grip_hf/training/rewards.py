@@ -11,15 +11,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import GripError
+from ..errors import RewardError as RewardError
 
 Reward = Callable[..., Sequence[float]]
 KL_LIMIT = 5.0
 BUCKETS = (0.05, 0.11, 0.25, 1.0)
-
-
-class RewardError(GripError, ValueError):
-    """A reward function returned something else than one finite number per completion."""
 
 
 def closeness(kl: Sequence[float], **kwargs: Any) -> list[float]:
