@@ -21,7 +21,10 @@ QUESTIONS = ("prompt", "question", "query", "instruction")
 ANSWERS = ("answer", "answers", "completion", "chosen", "response", "output", "multiple_choice_answer")
 ROLES = {
     **{name: name for name in ("system", "user", "assistant", "tool")},
-    "human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
 }
 PLACE = re.compile(r"\s*<image>\s*")
 Messages = list[dict[str, Any]]

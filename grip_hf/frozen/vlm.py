@@ -114,7 +114,7 @@ class FrozenVLM:
             raise DatasetError("an example has no visual token, or only one: there is nothing to choose")
         samples = []
         for row, example in enumerate(examples):
-            answer = self._say(inputs[row], encoded[row]) if example.answer is None else self._tokens(example.answer)
+            answer = self._say(inputs[row], encoded[row]) if example.answer is None else self.answer_tokens(example.answer)
             visual = share_tokens(own := one_row(seen, row), encoded[row].features)
             size = own.text.nbytes + own.tokens.nbytes * (visual is own) + 4 * len(answer) * self.vocabulary
             samples.append(Sample(inputs[row], encoded[row], visual, answer, size, example))
@@ -155,7 +155,8 @@ class FrozenVLM:
             self._cache[key] = encoded
         return encoded
 
-    def _tokens(self, answer: str) -> Tensor:
+    def answer_tokens(self, answer: str) -> Tensor:
+        """[A] long, the tokens of an answer, with the one that ends it; raises `DatasetError` for a picture's."""
         tokenizer = self.processor.tokenizer
         ids = tokenizer(answer, add_special_tokens=False).input_ids
         if set(ids) & set(self.parts.token_ids):
