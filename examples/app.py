@@ -71,7 +71,8 @@ class Page:
             self.processor = AutoProcessor.from_pretrained(name)
         self.selectors = {one: get_selector(one) for one in SELECTORS}
         try:  # without `scorer`, the one that the model's checkpoint brings, if any
-            self.selectors = {"grip": apply_grip(self.model, scorer, keep_ratio=1.0).grip.selector, **self.selectors}
+            learned = apply_grip(self.model, scorer=scorer, keep_ratio=1.0, selector="grip").grip.selector
+            self.selectors = {"grip": learned, **self.selectors}
         except ScorerError:
             if scorer:
                 raise

@@ -7,11 +7,8 @@ import argparse
 
 import torch
 
-from grip_hf import GripConfig, apply_grip
-from grip_hf.engine.keepsets import VisualBatch
+from grip_hf import GripConfig, Selector, VisualBatch, apply_grip, register
 from grip_hf.pocket import load_pocket_llava, make_scene
-from grip_hf.selectors import register
-from grip_hf.selectors.base import Selector
 
 
 def centre_first(batch: VisualBatch) -> torch.Tensor:
@@ -46,7 +43,7 @@ def main():
     scene = make_scene(args.seed)
     choices = {
         "centre_first": {"keep_ratio": args.keep_ratio, "selector": centre_first},
-        "unusual": {"config_or_scorer_or_repo": GripConfig(keep_ratio=args.keep_ratio, selector="unusual")},
+        "unusual": {"config": GripConfig(keep_ratio=args.keep_ratio, selector="unusual")},
     }
     for name, arguments in choices.items():
         apply_grip(model, **arguments)

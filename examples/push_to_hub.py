@@ -34,7 +34,7 @@ def main():
     else:
         model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto")
         processor = AutoProcessor.from_pretrained(args.model)
-    apply_grip(model, args.scorer, keep_ratio=args.keep_ratio)
+    apply_grip(model, scorer=args.scorer, keep_ratio=args.keep_ratio)
     if args.whole_model:
         model.push_to_hub(args.repo, private=args.private, tags=["grip", "visual-token-pruning"])
         processor.push_to_hub(args.repo)

@@ -7,7 +7,7 @@ accelerate launch examples/sft_pruned.py --model_name_or_path llava-hf/llava-1.5
     --scorer you/grip-llava-1.5-7b --output_dir runs/sft
 
 The dataset has TRL's columns `images`, `prompt` and `completion`. A stopped run goes on with the same command.
-To run it: `model = PeftModel.from_pretrained(model, "runs/sft")`, then `apply_grip(model, "runs/sft/grip")`.
+To run it: `model = PeftModel.from_pretrained(model, "runs/sft")`, then `apply_grip(model, scorer="runs/sft/grip")`.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def main(script_args, training_args, model_args, grip_args):
         attn_implementation=model_args.attn_implementation,
         quantization_config=trl.get_quantization_config(model_args),
     )
-    apply_grip(model, grip_args.scorer, keep_ratio=grip_args.keep_ratio, selector=grip_args.selector)
+    apply_grip(model, scorer=grip_args.scorer, keep_ratio=grip_args.keep_ratio, selector=grip_args.selector)
     if script_args.dataset_name == "pocket":
         data = Dataset.from_generator(pocket_rows, gen_kwargs={"rows": grip_args.rows, "seed": training_args.seed})
     else:
@@ -69,7 +69,7 @@ def main(script_args, training_args, model_args, grip_args):
         if grip_args.merge and peft_config:
             whole = AutoModelForImageTextToText.from_pretrained(name, dtype=model_args.dtype)
             whole = PeftModel.from_pretrained(whole, folder).merge_and_unload()
-            for part in (apply_grip(whole, f"{folder}/grip"), processor):
+            for part in (apply_grip(whole, scorer=f"{folder}/grip"), processor):
                 part.save_pretrained(f"{folder}/merged")
 
 

@@ -16,16 +16,8 @@ from pathlib import Path
 from transformers import set_seed
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
-from grip_hf import GripScorer
-from grip_hf.frozen.sources import load_model, load_rows
-from grip_hf.frozen.store import SampleStore
-from grip_hf.frozen.vlm import FrozenVLM
+from grip_hf import training
 from grip_hf.pocket.examples import PocketExamples, load_pocket
-from grip_hf.scorer.model import GripScorerConfig
-from grip_hf.training.checkpoints import last_checkpoint, save_scorer
-from grip_hf.training.grpo import DEFAULTS, FIXED, make_grpo_trainer
-from grip_hf.training.supervised import training_arguments
-from grip_hf.training.warmup import WarmupTrainer
 
 
 @dataclass
@@ -43,33 +35,34 @@ class GripArguments(ScriptArguments):
 
 def main(script: GripArguments, args: GRPOConfig, model: ModelConfig) -> None:
     if script.pocket:
-        vlm, examples = FrozenVLM(*load_pocket(model.model_name_or_path)), PocketExamples(script.rows, args.seed)
+        vlm = training.FrozenVLM(*load_pocket(model.model_name_or_path))
+        examples = PocketExamples(script.rows, args.seed)
     else:
         quantize = "4bit" if model.load_in_4bit else "8bit" if model.load_in_8bit else None
-        vlm = FrozenVLM(*load_model(model.model_name_or_path, quantize, script.device_map))
-        examples = load_rows(script.dataset_name, script.dataset_train_split, script.rows)
-    store, budgets = SampleStore(vlm, examples), tuple(script.budgets)
+        vlm = training.FrozenVLM(*training.load_model(model.model_name_or_path, quantize, script.device_map))
+        examples = training.load_rows(script.dataset_name, script.dataset_train_split, script.rows)
+    store, budgets = training.SampleStore(vlm, examples), tuple(script.budgets)
 
     set_seed(args.seed)  # the trainers set it too, but after the scorer got its weights
-    scorer = GripScorer(GripScorerConfig(hidden_size=vlm.hidden_size)).to(vlm.device)
+    scorer = training.GripScorer(training.GripScorerConfig(hidden_size=vlm.hidden_size)).to(vlm.device)
     warmup = Path(args.output_dir) / "warmup"
     if (warmup / "scorer" / "model.safetensors").is_file():
-        scorer = GripScorer.from_pretrained(warmup / "scorer").to(vlm.device)
+        scorer = training.GripScorer.from_pretrained(warmup / "scorer").to(vlm.device)
     elif script.warmup_steps_supervised:
         settings = {name: getattr(args, name) for name in ("seed", "use_cpu", "report_to")}
         settings["max_steps"] = script.warmup_steps_supervised
-        trainer = WarmupTrainer(scorer, store, training_arguments(str(warmup), **settings), budgets)
-        trainer.train(resume_from_checkpoint=last_checkpoint(warmup, vlm.hidden_size))
+        trainer = training.WarmupTrainer(scorer, store, training.training_arguments(str(warmup), **settings), budgets)
+        trainer.train(resume_from_checkpoint=training.last_checkpoint(warmup, vlm.hidden_size))
         if trainer.is_world_process_zero():
-            save_scorer(scorer, warmup / "scorer")
+            training.save_scorer(scorer, warmup / "scorer")
 
-    trainer = make_grpo_trainer(scorer, store, args, script.rewards, budgets)
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir, vlm.hidden_size))
+    trainer = training.make_grpo_trainer(scorer, store, args, script.rewards, budgets)
+    trainer.train(resume_from_checkpoint=training.last_checkpoint(args.output_dir, vlm.hidden_size))
     if trainer.is_world_process_zero():
-        save_scorer(scorer, args.output_dir)
+        training.save_scorer(scorer, args.output_dir)
 
 
 if __name__ == "__main__":
     parser = TrlParser((GripArguments, GRPOConfig, ModelConfig))
-    parser.set_defaults(**DEFAULTS, **FIXED)
+    parser.set_defaults(**training.GRPO_DEFAULTS, **training.GRPO_FIXED)
     main(*parser.parse_args_and_config())

@@ -8,11 +8,8 @@ import argparse
 from pathlib import Path
 
 from grip_hf import apply_grip
-from grip_hf.frozen.sources import load_model, load_rows
-from grip_hf.frozen.store import SampleStore
-from grip_hf.frozen.vlm import FrozenVLM
 from grip_hf.pocket.examples import PocketExamples, load_pocket
-from grip_hf.training.pipeline import Plan, train
+from grip_hf.training import FrozenVLM, SampleStore, TrainingPlan, load_model, load_rows, train_scorer
 
 
 def main():
@@ -33,7 +30,7 @@ def main():
 
     model, processor = load_pocket() if args.model is None else load_model(args.model)
     rows = PocketExamples(args.rows) if args.model is None else load_rows(args.dataset, "train", args.rows)
-    plan = Plan(
+    plan = TrainingPlan(
         output=args.output,
         method="warmup",
         warmup_steps=args.steps,
@@ -42,12 +39,12 @@ def main():
         warmup_args={"per_device_train_batch_size": args.batch_size, "learning_rate": args.learning_rate},
     )
     vlm = FrozenVLM(model, processor)
-    scorer = train(plan, SampleStore(vlm, rows))
+    scorer = train_scorer(plan, SampleStore(vlm, rows))
     vlm.close()
 
-    apply_grip(model, scorer, keep_ratio=args.keep_ratio)
+    apply_grip(model, scorer=scorer, keep_ratio=args.keep_ratio)
     model.grip.save_pretrained(args.output / "share", training=f"Warm-up of {args.steps} steps, target {args.target}.")
-    print(f"apply_grip(model, {str(args.output / 'share')!r}) uses it")
+    print(f"apply_grip(model, scorer={str(args.output / 'share')!r}) uses it")
 
 
 if __name__ == "__main__":

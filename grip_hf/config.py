@@ -8,12 +8,17 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from numbers import Integral, Real
 from typing import Any, Literal
 
-from .errors import ConfigError
+from packaging.version import InvalidVersion, Version
+
+from .errors import ConfigError, HubError
 
 CONFIG_VERSION = "1.0"
+CONFIG_FILE = "grip_config.json"
+LIBRARY = "grip_hf_version"  # beside the settings in a saved config: which release of the library wrote it
 SCOPES = ("sample", "image")
 POSITION_IDS = ("original", "compact")
 
@@ -61,7 +66,8 @@ class GripConfig:
         keep_ratio: Share of the visual tokens to keep, in (0, 1]. Give exactly one of it and `num_tokens`.
         num_tokens: Number of visual tokens to keep, >= 1. A sample with fewer keeps all of them.
         scope: `"sample"` shares the budget over all images of a sample; `"image"` gives each image its own.
-        selector: Name of the selector that scores the tokens.
+        selector: Name of the selector that scores the tokens. None leaves it to `apply_grip`: "grip" where there is a
+            scorer, else a method that needs no training.
         selector_kwargs: Keyword arguments of that selector; must be JSON-able to be saved.
         position_ids: `"original"` keeps the positions of the unpruned sequence, with gaps; `"compact"` re-numbers.
         seed: Seed for selectors that draw at random.
@@ -74,7 +80,7 @@ class GripConfig:
     keep_ratio: float | None = None
     num_tokens: int | None = None
     scope: Literal["sample", "image"] = "sample"
-    selector: str = "grip"
+    selector: str | None = None
     selector_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     position_ids: Literal["original", "compact"] = "original"
     seed: int = 0
@@ -90,8 +96,8 @@ class GripConfig:
             raise ConfigError(f"scope must be one of {SCOPES}, got {self.scope!r}")
         if self.position_ids not in POSITION_IDS:
             raise ConfigError(f"position_ids must be one of {POSITION_IDS}, got {self.position_ids!r}")
-        if not isinstance(self.selector, str) or not self.selector:
-            raise ConfigError(f"selector must be the name of a selector, got {self.selector!r}")
+        if self.selector is not None and (not isinstance(self.selector, str) or not self.selector):
+            raise ConfigError(f"selector must be the name of a selector or None, got {self.selector!r}")
         if not isinstance(self.selector_kwargs, Mapping) or not all(isinstance(k, str) for k in self.selector_kwargs):
             raise ConfigError(f"selector_kwargs must be a dict with string keys, got {self.selector_kwargs!r}")
         object.__setattr__(self, "selector_kwargs", dict(self.selector_kwargs))
@@ -100,6 +106,11 @@ class GripConfig:
         object.__setattr__(self, "seed", int(self.seed))
         if not isinstance(self.version, str):
             raise ConfigError(f"version must be a string, got {self.version!r}")
+
+    def __hash__(self) -> int:
+        """Equal settings have equal hashes; of `selector_kwargs`, which may hold lists, the names alone count."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return hash(tuple({**values, "selector_kwargs": frozenset(self.selector_kwargs)}.values()))
 
     def num_kept(self, total: int) -> int:
         """Number of tokens kept of `total` real ones (0 when there are none)."""
@@ -122,14 +133,16 @@ class GripConfig:
             raise ConfigError(f"unknown settings {unknown}; known ones are {sorted(known)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as a plain dict."""
-        return dataclasses.asdict(self)
+        """Return the settings as a plain dict, and which release of the library wrote it."""
+        return {**dataclasses.asdict(self), LIBRARY: version("grip-hf")}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GripConfig:
-        """Build a config from a dict; settings that a newer version added are left out with a warning."""
+        """Build a config from a dict; settings that a newer release added are left out with a warning."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"a GRIP config must be a dict, got {type(data).__name__}: {data!r}")
+        data = dict(data)
+        _warn_if_newer(data.pop(LIBRARY, None))
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(str(key) for key in set(data) - known)
         if unknown:
@@ -160,3 +173,56 @@ class GripConfig:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise ConfigError(f"not a JSON document: {error}") from error
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the settings alone to `grip_config.json` in a folder, which is made if it is missing."""
+        os.makedirs(directory, exist_ok=True)
+        self.to_json(os.path.join(directory, CONFIG_FILE))
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], *, subfolder: str = "", **hub: Any) -> GripConfig:
+        """Read the settings that were saved in a folder or in a repository on the Hub.
+
+        Args:
+            name: The folder, or the id of the repository.
+            subfolder: Where in it they lie; `"grip"` in a pruned checkpoint.
+            **hub: `revision`, `token`, `cache_dir`, `local_files_only`, as huggingface_hub takes them.
+
+        Raises:
+            ConfigError: The folder holds no settings, or a setting is not allowed.
+            HubError: The Hub does not give them.
+        """
+        folder = os.fspath(name)
+        path = os.path.join(folder, subfolder, CONFIG_FILE)
+        if os.path.isdir(folder):
+            if not os.path.isfile(path):
+                raise ConfigError(f"{os.path.dirname(path)!r} holds no {CONFIG_FILE}")
+            return cls.from_json(path)
+        from huggingface_hub import hf_hub_download  # imported late: most configs are made in code
+
+        try:
+            path = hf_hub_download(folder, CONFIG_FILE, subfolder=subfolder or None, **hub)
+        except (OSError, ValueError) as error:
+            raise HubError(
+                f"no folder {folder!r}, and the Hub gives no {CONFIG_FILE} of that name: {error}"
+            ) from error
+        return cls.from_json(path)
+
+
+def _warn_if_newer(wrote: object) -> None:
+    """Warn if a release of the library after this one wrote a config."""
+    if wrote is None:
+        return
+    mine = version("grip-hf")
+    try:
+        newer = Version(str(wrote)) > Version(mine)
+    except InvalidVersion:
+        warnings.warn(f"{LIBRARY}={wrote!r} of a GRIP config: {wrote!r} is no version", UserWarning, stacklevel=4)
+        return
+    if newer:
+        warnings.warn(
+            f"this GRIP config was written by grip-hf {wrote}, and this is {mine}: what it means may have changed; "
+            "upgrade grip-hf to be sure",
+            UserWarning,
+            stacklevel=4,
+        )

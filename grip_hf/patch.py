@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -22,7 +23,12 @@ from .families.table import Parts, find_parts, unwrap
 from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
 from .hub.resolve import describe_base, resolve
 
+if TYPE_CHECKING:
+    from .scorer.model import GripScorer
+
 __all__ = ["GripHandle", "apply_grip", "remove_grip", "taps"]
+M = TypeVar("M", bound=nn.Module)
+logger = logging.getLogger(__name__)
 
 
 class GripHandle:
@@ -32,7 +38,10 @@ class GripHandle:
         config: the settings.
         selector: scores visual tokens.
         scorer: the learned scorer behind the selector, or None.
+        note: what `apply_grip` decided because nothing was said, or "".
     """
+
+    note = ""
 
     def __init__(self, parts: Parts, config: GripConfig, selector: Score, scorer: nn.Module | None) -> None:
         self.config = config
@@ -45,7 +54,8 @@ class GripHandle:
         self._saver = SaveWithGrip(self)
 
     def __repr__(self) -> str:
-        return f"GripHandle({type(self._parts.owner).__name__}, {self.config})"
+        note = f", {self.note}" if self.note else ""
+        return f"GripHandle({type(self._parts.owner).__name__}, {self.config}{note})"
 
     def _budget(self) -> Budget:
         return current(self) or Budget(self.config.keep_ratio, self.config.num_tokens)
@@ -130,7 +140,7 @@ class GripHandle:
     @property
     def can_be_saved(self) -> bool:
         """Whether the settings tell who chooses."""
-        return getattr(self.selector, "name", None) == self.config.selector
+        return self.config.selector is not None and getattr(self.selector, "name", None) == self.config.selector
 
     def remove(self) -> None:
         """Remove the patch; the model is exactly as before. Doing so twice is harmless."""
@@ -143,60 +153,72 @@ class GripHandle:
 
 
 def apply_grip(
-    model: nn.Module,
-    config_or_scorer_or_repo: Any = None,
+    model: M,
+    config: GripConfig | None = None,
     *,
+    scorer: GripScorer | str | os.PathLike[str] | None = None,
     selector: Score | str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     **overrides: Any,
-) -> nn.Module:
+) -> M:
     """Prune the visual tokens of `model` in place: from now on, each call keeps as many as its budget allows.
 
     Only hooks on this model object are added; its class, weights and signature stay as they are. Applying again
     replaces the patch.
 
+    Who chooses the tokens: the `selector`, where one is named; else the `scorer`, or the one that came with the
+    checkpoint of the model; else `cdpruner`, which is logged and told by `repr(model.grip)`. It is the method with the
+    best mean over the budgets in the table of `grip_hf/evaluation/README.md` of those that need no training, prune
+    before the language model, and need nothing of the vision tower, so that it works with every family. It is never
+    taken in place of a scorer that was asked for.
+
     Args:
-        model: a transformers vision-language model for conditional generation, also one wrapped by PEFT.
-        config_or_scorer_or_repo: a `GripConfig` (or dict of its settings), a `GripScorer`, or the directory or Hub id
-            of a saved scorer. None takes the GRIP part of the checkpoint that the model came from, if any.
-        selector: a selector's name, or any callable from `VisualBatch` to scores [G, N]. Overrides the config's.
-        revision: branch, tag or commit of the Hub repository to read.
-        token: access token for the Hub; None takes the stored one.
-        cache_dir: another cache for downloads than the usual one.
-        local_files_only: take what is in the cache; do not ask the Hub.
-        **overrides: settings of `GripConfig` to change, such as `keep_ratio=0.25`.
+        model: A transformers vision-language model for conditional generation, also one wrapped by PEFT.
+        config: The settings. None takes those saved with the scorer, or makes them of the overrides. A scorer, its
+            folder or its Hub id in this place is deprecated.
+        scorer: A `GripScorer`, or the folder or Hub id of what `model.grip.save_pretrained` wrote.
+        selector: A selector's name, or any callable from `VisualBatch` to scores [G, N]. Overrides the config's.
+        revision: Branch, tag or commit of the Hub repository to read.
+        token: Access token for the Hub; None takes the stored one.
+        cache_dir: Another cache for downloads than the usual one.
+        local_files_only: Take what is in the cache; do not ask the Hub.
+        **overrides: Settings of `GripConfig` to change, such as `keep_ratio=0.25`.
 
     Returns:
         The same model; its handle is `model.grip`.
 
     Raises:
         UnsupportedModelError: The model's family is not supported, or cannot give what the selector needs.
-        ConfigError: A setting is not allowed.
+        ConfigError: A setting is not allowed, or a scorer is given beside another selector.
         ScorerError: The scorer is missing, damaged, or made for another model.
         HubError: The Hub repository cannot be read, or holds something else than JSON and safetensors.
     """
     parts = find_parts(model)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    config, scorer = resolve(parts, config_or_scorer_or_repo, selector, overrides, hub)
-    if config.position_ids == "compact" and parts.family.mrope:
+    asked = resolve(parts, config, scorer, selector, overrides, hub)
+    settings = asked.config
+    if settings.position_ids == "compact" and parts.family.mrope:
         raise UnsupportedModelError(
             f"position_ids='compact' is not defined for {type(parts.owner).__name__}, whose positions have several "
             "axes; use position_ids='original'"
         )
-    chosen = selector if callable(selector) else _named_selector(config, scorer)
-    handle = GripHandle(parts, config, chosen, scorer)
+    chosen = selector if callable(selector) else _named_selector(settings, asked.scorer)
+    handle = GripHandle(parts, settings, chosen, asked.scorer)
     hooks = list(_prepare(chosen, parts))
     remove_grip(parts.owner)
     handle._hooks = [*hooks, *handle._boundary.attach()]
     handle._saver.attach()
+    if asked.note:
+        handle.note = asked.note
+        logger.warning("%s", asked.note)
     parts.owner.grip = handle  # type: ignore[assignment]
     return model
 
 
-def remove_grip(model: nn.Module) -> nn.Module:
+def remove_grip(model: M) -> M:
     """Undo `apply_grip`; returns the model. A model without a patch is left alone."""
     handle = unwrap(model).__dict__.get("grip")
     if isinstance(handle, GripHandle):
@@ -224,11 +246,12 @@ def _named_selector(config: GripConfig, scorer: nn.Module | None) -> Score:
     """Build the selector that the settings name."""
     from .selectors import get_selector  # imported late: selectors build on this module's level
 
+    assert config.selector is not None
     kwargs = dict(config.selector_kwargs)
     if config.selector == "grip" and "scorer" not in kwargs:
         if scorer is None:
             raise ScorerError(
-                "the selector 'grip' needs a scorer: apply_grip(model, scorer_or_directory, ...); "
+                "the selector 'grip' needs a scorer: apply_grip(model, scorer=...) with one, its folder or Hub id; "
                 "selectors that need none are named by selector=..., for example selector='grid'"
             )
         kwargs["scorer"] = scorer

@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from loopback_hub import Repo
 
-from grip_hf.config import CONFIG_VERSION, GripConfig
-from grip_hf.errors import ConfigError
+import grip_hf
+from grip_hf.config import CONFIG_FILE, CONFIG_VERSION, LIBRARY, GripConfig
+from grip_hf.errors import ConfigError, HubError
 
 
 @pytest.mark.parametrize("ratio", [0, 0.0, -0.1, 1.01, math.nan, math.inf, True, "0.5", [0.5]])
@@ -67,7 +69,7 @@ def test_json_round_trip(tmp_path):
     assert GripConfig.from_json(config.to_json()) == config
     config.to_json(tmp_path / "grip.json")
     assert GripConfig.from_json(tmp_path / "grip.json") == config
-    assert config.to_dict()["version"] == CONFIG_VERSION
+    assert config.to_dict()["version"] == CONFIG_VERSION and config.to_dict()[LIBRARY] == grip_hf.__version__
     with pytest.raises(ConfigError, match="not a JSON document"):
         GripConfig.from_json("{oops")
 
@@ -97,3 +99,49 @@ def test_config_is_frozen_and_owns_its_dicts():
     assert config.selector_kwargs == {"a": 1}
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
+
+
+def test_equal_configs_have_equal_hashes():
+    one = GripConfig(keep_ratio=0.5, selector="fastv", selector_kwargs={"a": [1], "b": 2})
+    same = GripConfig(keep_ratio=0.5, selector="fastv", selector_kwargs={"b": 2.0, "a": [1]})
+    other = one.replace(selector_kwargs={"a": [2], "b": 2})
+    assert one == same and hash(one) == hash(same) and len({one, same, other, one.replace(num_tokens=3)}) == 3
+    assert hash(GripConfig(num_tokens=np.int64(3))) == hash(GripConfig(num_tokens=3))
+
+
+def test_save_and_load_a_folder(tmp_path):
+    config = GripConfig(num_tokens=64, scope="image", selector="fastv", selector_kwargs={"layers": 2})
+    config.save_pretrained(tmp_path / "run" / "grip")
+    assert [path.name for path in (tmp_path / "run" / "grip").iterdir()] == [CONFIG_FILE]
+    assert GripConfig.from_pretrained(tmp_path / "run" / "grip") == config
+    assert GripConfig.from_pretrained(str(tmp_path / "run"), subfolder="grip") == config
+    with pytest.raises(ConfigError, match=CONFIG_FILE):
+        GripConfig.from_pretrained(tmp_path / "run")
+
+
+def test_load_from_the_hub(hub):
+    hub.repos["user/settings"] = Repo()
+    text = GripConfig(keep_ratio=0.25, seed=3).to_json()
+    hub.repos["user/settings"].put({CONFIG_FILE: text.encode()})
+    assert GripConfig.from_pretrained("user/settings") == GripConfig(keep_ratio=0.25, seed=3)
+    for name in ("user/nothing", "no/such/folder"):
+        with pytest.raises(HubError, match=name):
+            GripConfig.from_pretrained(name)
+
+
+def test_a_config_of_a_newer_release_warns(recwarn):
+    data = GripConfig(keep_ratio=0.5).to_dict()
+    for wrote in (None, "0.0.1", grip_hf.__version__):
+        assert GripConfig.from_dict({**data, LIBRARY: wrote}) == GripConfig(keep_ratio=0.5)
+    old = {key: value for key, value in data.items() if key != LIBRARY}
+    assert GripConfig.from_dict(old) == GripConfig(keep_ratio=0.5) and not recwarn.list
+    with pytest.warns(UserWarning, match=r"written by grip-hf 999\.0, and this is"):
+        assert GripConfig.from_dict({**data, LIBRARY: "999.0"}) == GripConfig(keep_ratio=0.5)
+    with pytest.warns(UserWarning, match="'newest' is no version"):
+        GripConfig.from_dict({**data, LIBRARY: "newest"})
+
+
+def test_who_chooses_may_be_left_open_and_old_files_say_it():
+    assert GripConfig(keep_ratio=0.5).selector is None
+    assert GripConfig.from_json(GripConfig(keep_ratio=0.5).to_json()).selector is None
+    assert GripConfig.from_dict({"keep_ratio": 0.5, "selector": "grip", "version": "1.0"}).selector == "grip"

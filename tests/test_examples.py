@@ -246,7 +246,7 @@ def test_a_scorer_on_the_page(tmp_path, page):
     torch.manual_seed(0)
     width = model.config.text_config.hidden_size
     scorer = GripScorer(GripScorerConfig(hidden_size=width, width=16, attention_width=8, num_heads=2))
-    apply_grip(model, scorer, keep_ratio=0.5).grip.save_pretrained(tmp_path)
+    apply_grip(model, scorer=scorer, keep_ratio=0.5).grip.save_pretrained(tmp_path)
     own = load("app").Page(scorer=tmp_path)
     assert next(iter(own.selectors)) == "grip" and width != HIDDEN and "grip" not in vars(build("llava"))
     scene = make_scene(3)

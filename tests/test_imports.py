@@ -107,9 +107,11 @@ def look():
     return [dict(vars(one)) for one in classes] + state
 before, seed = look(), torch.get_rng_state()
 import grip_hf
+from grip_hf import *
 assert look() == before and torch.equal(seed, torch.get_rng_state())
 assert "trl" not in sys.modules and "peft" not in sys.modules and "matplotlib" not in sys.modules
-assert sorted(grip_hf.__all__) == ["GripConfig", "GripScorer", "apply_grip", "remove_grip"]
+assert grip_hf.__all__ == ["GripConfig", "GripHandle", "GripScorer", "Selector", "VisualBatch", "__version__",
+                           "apply_grip", "errors", "register", "remove_grip"]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False)
     assert done.returncode == 0, done.stderr

@@ -49,15 +49,14 @@ def select_by_text(batch):
 @pytest.mark.parametrize(
     "arguments, error, match",
     [
-        ((), ConfigError, "needs a budget"),
-        (({"keep_ratio": 0.5, "num_tokens": 3},), ConfigError, "exactly one"),
-        ((3,), ConfigError, "expected a GripConfig"),
-        (("/no/such/folder",), ScorerError, "/no/such/folder"),
+        ({}, ConfigError, "needs a budget"),
+        ({"config": 3}, ConfigError, "expected a GripConfig"),
+        ({"scorer": "/no/such/folder"}, ScorerError, "/no/such/folder"),
     ],
 )
 def test_bad_sources(model, inputs, arguments, error, match):
     with pytest.raises(error, match=match):
-        apply_grip(model, *arguments)
+        apply_grip(model, **arguments)
     assert_untouched(model, inputs)
 
 
@@ -82,7 +81,7 @@ def test_bad_settings(model, inputs, settings, error, match):
 
 def test_scorer_of_another_width(model, inputs):
     with pytest.raises(ScorerError, match=f"hidden_size 48.*{HIDDEN}"):
-        apply_grip(model, tiny_scorer(48), keep_ratio=0.5)
+        apply_grip(model, scorer=tiny_scorer(48), keep_ratio=0.5)
     assert_untouched(model, inputs)
 
 
@@ -95,7 +94,7 @@ def test_damaged_scorer_files(model, inputs, tmp_path, damage):
     else:
         weights.write_bytes(weights.read_bytes()[:100] if damage == "cut" else b"not weights at all")
     with pytest.raises(ScorerError):
-        apply_grip(model, tmp_path, keep_ratio=0.5)
+        apply_grip(model, scorer=tmp_path, keep_ratio=0.5)
     assert_untouched(model, inputs)
 
 
@@ -202,10 +201,13 @@ def assert_untouched(model, inputs):
 def test_patch_is_invisible(model, inputs):
     signature, keys = inspect.signature(model.forward), list(model.state_dict())
     modules = [name for name, _ in model.named_modules()]
-    apply_grip(model, tiny_scorer(), keep_ratio=0.5)
+    apply_grip(model, scorer=tiny_scorer(), keep_ratio=0.5)
     assert inspect.signature(model.forward) == signature and type(model) is LlavaForConditionalGeneration
     assert list(model.state_dict()) == keys and [name for name, _ in model.named_modules()] == modules
-    assert model.grip.config == GripConfig(keep_ratio=0.5) and model.grip.scorer is model.grip.selector.scorer
+    assert (
+        model.grip.config == GripConfig(keep_ratio=0.5, selector="grip")
+        and model.grip.scorer is model.grip.selector.scorer
+    )
 
 
 def test_deepcopy_uses_its_own_weights(model, inputs):
@@ -235,7 +237,7 @@ def test_pickled_models_stay_pruned(model, inputs):
 
 def test_saved_models_are_plain(model, inputs, tmp_path):
     logits = model(**inputs).logits
-    apply_grip(model, tiny_scorer(), keep_ratio=0.5)
+    apply_grip(model, scorer=tiny_scorer(), keep_ratio=0.5)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["LlavaForConditionalGeneration"] and "grip" not in config
@@ -245,30 +247,30 @@ def test_saved_models_are_plain(model, inputs, tmp_path):
 
 
 def test_handle_round_trip(model, inputs, tmp_path):
-    apply_grip(model, tiny_scorer(), num_tokens=3)
+    apply_grip(model, scorer=tiny_scorer(), num_tokens=3)
     logits = model(**inputs).logits
     model.grip.save_pretrained(tmp_path)
-    apply_grip(model, tmp_path)
-    assert model.grip.config == GripConfig(num_tokens=3)
+    apply_grip(model, scorer=tmp_path)
+    assert model.grip.config == GripConfig(num_tokens=3, selector="grip")
     assert torch.equal(model(**inputs).logits, logits)
-    apply_grip(model, str(tmp_path), keep_ratio=1.0)
+    apply_grip(model, scorer=str(tmp_path), keep_ratio=1.0)
     assert model.grip.config.keep_ratio == 1.0 and model.grip.config.num_tokens is None
     apply_grip(model, keep_ratio=0.5, selector="grid")
     plain = tmp_path / "plain"
     model.grip.save_pretrained(plain)
-    assert apply_grip(model, plain).grip.config == GripConfig(keep_ratio=0.5, selector="grid")
+    assert apply_grip(model, scorer=plain).grip.config == GripConfig(keep_ratio=0.5, selector="grid")
 
 
 def test_the_grip_part_of_a_checkpoint_is_found(model, inputs, tmp_path):
     model.save_pretrained(tmp_path)
-    apply_grip(model, tiny_scorer(), num_tokens=3)
+    apply_grip(model, scorer=tiny_scorer(), num_tokens=3)
     logits = model(**inputs).logits
     model.grip.save_pretrained(tmp_path / "grip")
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     assert torch.equal(apply_grip(again)(**inputs).logits, logits)
-    assert again.grip.config == GripConfig(num_tokens=3)
+    assert again.grip.config == GripConfig(num_tokens=3, selector="grip")
     apply_grip(again, num_tokens=5)
-    assert again.grip.scorer is not None and again.grip.config == GripConfig(num_tokens=5)
+    assert again.grip.scorer is not None and again.grip.config == GripConfig(num_tokens=5, selector="grip")
     assert apply_grip(again, GripConfig(keep_ratio=0.5)).grip.scorer is not None
     assert apply_grip(again, keep_ratio=0.5, selector="grid").grip.scorer is None
     assert apply_grip(again, keep_ratio=0.5, selector=select_by_content).grip.scorer is None

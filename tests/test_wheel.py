@@ -104,5 +104,5 @@ def test_every_snippet_of_the_readme_runs(programs, environment, tmp_path):
     assert sum(line.startswith("grip-hf") for line in ran) >= 5
 
     card = ModelCard(uploaded[SCORER]["README.md"].decode())
-    assert card.data.base_model == MODEL and f'apply_grip(model, "{SCORER}")' in card.text
+    assert card.data.base_model == MODEL and f'apply_grip(model, scorer="{SCORER}")' in card.text
     assert {"model.safetensors", "config.json", "grip/model.safetensors"} <= set(uploaded[PRUNED])

@@ -73,11 +73,11 @@ def train(
         options = {"temperature": temperature, "draws": draws}
     try:
         from ..frozen.store import SampleStore
-        from ..training.pipeline import Plan
-        from ..training.pipeline import train as run
+        from ..training.pipeline import TrainingPlan
+        from ..training.pipeline import train_scorer as run
         from ..training.rollout import BudgetRange
 
-        plan = Plan(
+        plan = TrainingPlan(
             output=output,
             method=method,
             warmup_steps=warmup_steps,

@@ -1,4 +1,4 @@
-"""From scores and budgets to keep-sets: top-k, and Plackett-Luce sampling with its log-probs and entropies.
+"""From scores and budgets to keep-sets: top-k, and Plackett-Luce sampling.
 
 Pure tensor functions. `scores` is [G, N] float, `mask` [G, N] bool (True = real token), `budgets` [G] long. A *group*
 is a sample, or one image of it. An *order* [G, K] long lists picks in the order they were made, with -1 where a group
@@ -99,33 +99,3 @@ def gumbel_topk(
     width = int(wanted.max()) if wanted.numel() else 0
     chosen = torch.arange(width, device=scores.device) < wanted[:, None]
     return ranked[:, :width].masked_fill(~chosen, -1)
-
-
-def _remaining(scores: Tensor, mask: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """[G, K, N] log-probs of the categorical that each pick is drawn from, and [G, K] bool of real picks.
-
-    Tokens no longer available (and padding) have a log-prob of -inf.
-    """
-    real = order >= 0
-    picks = torch.nn.functional.one_hot(order.clamp(min=0), scores.shape[1]).bool() & real[..., None]
-    taken = picks.int().cumsum(1) - picks.int() > 0
-    # A row without a pick may have nothing left; let it see every token so that no NaN arises in its gradient.
-    closed = (taken | ~mask[:, None]) & real[..., None]
-    logits = scores.float()[:, None].masked_fill(closed, -torch.inf)
-    return logits.log_softmax(-1), real
-
-
-def log_prob(scores: Tensor, mask: Tensor, order: Tensor) -> Tensor:
-    """Log-prob of each pick of an ordered list under Plackett-Luce: [G, K] float32, 0 where `order` is -1.
-
-    Picks must be real tokens, each at most once; their sum is the log-prob of the whole list.
-    """
-    logs, real = _remaining(scores, mask, order)
-    return logs.gather(2, order.clamp(min=0)[..., None]).squeeze(-1).masked_fill(~real, 0)
-
-
-def entropy(scores: Tensor, mask: Tensor, order: Tensor) -> Tensor:
-    """Entropy of the categorical that each pick was drawn from: [G, K] float32, 0 where `order` is -1."""
-    logs, real = _remaining(scores, mask, order)
-    safe = logs.masked_fill(logs.isneginf(), 0)
-    return -(safe * logs.exp()).sum(-1).masked_fill(~real, 0)

@@ -45,7 +45,7 @@ def vqa_text(text: str) -> str:
 
 
 def vqa(said: str, answers: Sequence[str]) -> float:
-    """VQA accuracy (arXiv 1505.00468): min(people who said so / 3, 1), averaged over all sets that leave one person out.
+    """VQA accuracy (arXiv 1505.00468): min(people who said so / 3, 1), averaged over leaving each person out.
 
     With fewer than four people three of the others cannot agree; then an answer that any of them gave is right.
     """

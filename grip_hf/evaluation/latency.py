@@ -22,10 +22,10 @@ from ..config import GripConfig
 from ..errors import ConfigError
 from ..families.table import find_parts
 from .flops import prefill_flops
-from .paired import Bench, Sample, Variant
-from .shapes import build_inputs, build_model, get_shape
+from .paired import Bench, Timing, Variant
+from .shapes import build_inputs, build_shape, get_shape
 
-Round = dict[Variant, Sample]
+Round = dict[Variant, Timing]
 
 
 def run_bench(
@@ -75,7 +75,7 @@ def run_bench(
         raise ConfigError(f"dtype must be the name of a floating-point torch dtype, got {dtype!r}")
     _check_device(device)
     progress(f"building {model}")
-    built = build_model(shape, device, precision, attention, seed)
+    built = build_shape(shape, device, precision, attention, seed)
     bench = Bench(built, build_inputs(shape, built, batch, seed), selectors, decode_tokens, seed)
     pruned = [Variant(name, budget) for budget in budgets for name in selectors]
     variants = [Variant(), *(Variant(None, budget) for budget in budgets), *pruned]
@@ -124,17 +124,17 @@ def _check_device(name: str) -> None:
 
 def _medians(rounds: list[Round], variant: Variant) -> dict[str, Any]:
     """Medians over the rounds of what a variant took."""
-    samples = [one[variant] for one in rounds]
-    peaks = [sample.peak_bytes for sample in samples if sample.peak_bytes is not None]
-    parts = {f"{name}_ms": median(sample.ms[name] for sample in samples) for name in samples[0].ms}
+    timings = [one[variant] for one in rounds]
+    peaks = [timing.peak_bytes for timing in timings if timing.peak_bytes is not None]
+    parts = {f"{name}_ms": median(timing.ms[name] for timing in timings) for name in timings[0].ms}
     parts["ttft_ms"] = parts.pop("total_ms")
-    return {**parts, "cache_bytes": samples[0].cache_bytes, "peak_bytes": max(peaks) if peaks else None}
+    return {**parts, "cache_bytes": timings[0].cache_bytes, "peak_bytes": max(peaks) if peaks else None}
 
 
 def _row(rounds: list[Round], variant: Variant) -> dict[str, Any]:
     """Medians of a selector at a budget, and medians of its ratios within each round."""
 
-    def ratio(value: Callable[[Sample, Sample, Sample], float]) -> float:
+    def ratio(value: Callable[[Timing, Timing, Timing], float]) -> float:
         floor = Variant(None, variant.num_tokens)
         return median(value(one[variant], one[Variant()], one[floor]) for one in rounds)
 
@@ -156,6 +156,6 @@ def _row(rounds: list[Round], variant: Variant) -> dict[str, Any]:
     }
 
 
-def _language_model(sample: Sample) -> float:
+def _language_model(timing: Timing) -> float:
     """Milliseconds of the language model with all that the patch adds, but without the selector."""
-    return sample.ms["prune"] + sample.ms["prefill"] + sample.ms["restore"]
+    return timing.ms["prune"] + timing.ms["prefill"] + timing.ms["restore"]

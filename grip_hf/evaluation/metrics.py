@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean, stdev
+from statistics import NormalDist, mean, stdev
 from typing import TypedDict
 
-Z95 = 1.959963984540054
-# Student's t at 95 %, two-sided, for 1, 2, ... degrees of freedom; more than these take the last, which is wider.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+LEVEL = 0.95
 MEAN = "mean"
 UNPRUNED = "unpruned"
 
@@ -39,25 +37,30 @@ class Row(_Row, total=False):
     seeds: list[float]
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The Wilson score interval of a proportion at 95 %.
+def wilson(right: float, n: int) -> tuple[float, float]:
+    """The two-sided Wilson score interval of a proportion at 95 %.
+
+    Graded scores may add up to no whole number: its neighbours then give the bounds. The interval is wide enough for
+    them, since nothing in [0, 1] varies more than right and wrong answers of the same mean.
 
     Raises:
         ValueError: Not 0 <= right <= n with n >= 1.
     """
     if not 0 <= right <= n or n < 1:
         raise ValueError(f"right={right} of n={n} is no proportion")
-    share, square = right / n, Z95**2
-    centre = (share + square / (2 * n)) / (1 + square / n)
-    half = Z95 * math.sqrt(share * (1 - share) / n + square / (4 * n * n)) / (1 + square / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    from scipy.stats import binomtest  # imported late: it takes longer than what it is asked for
+
+    low, high = (
+        binomtest(round_(right), n).proportion_ci(LEVEL, method="wilson") for round_ in (math.floor, math.ceil)
+    )
+    return float(low.low), float(high.high)
 
 
-def table(answers: Mapping[tuple[str, float], Mapping[str, Sequence[bool]]], tasks: Iterable[str]) -> list[Row]:
+def table(answers: Mapping[tuple[str, float], Mapping[str, Sequence[float]]], tasks: Iterable[str]) -> list[Row]:
     """Rows per selector, budget and task, and one for the mean over tasks.
 
     Args:
-        answers: For each (selector, budget) the answers of each task, True where right.
+        answers: For each (selector, budget) the scores of each task, in [0, 1].
         tasks: The order of the tasks.
     """
     rows = []
@@ -70,11 +73,11 @@ def table(answers: Mapping[tuple[str, float], Mapping[str, Sequence[bool]]], tas
     return rows
 
 
-def _mean(selector: str, budget: float, counts: Sequence[tuple[int, int]]) -> Row:
+def _mean(selector: str, budget: float, counts: Sequence[tuple[float, int]]) -> Row:
     """The mean of the tasks' accuracies; its interval adds up their Agresti-Coull variances, which are never 0."""
     middle = mean(right / n for right, n in counts)
     smooth = [((right + 2) / (n + 4), n + 4) for right, n in counts]
-    half = Z95 * math.sqrt(sum(p * (1 - p) / n for p, n in smooth)) / len(counts)
+    half = NormalDist().inv_cdf((1 + LEVEL) / 2) * math.sqrt(sum(p * (1 - p) / n for p, n in smooth)) / len(counts)
     bounds = (max(0.0, middle - half), min(1.0, middle + half))
     total = sum(n for _, n in counts)
     return Row(selector=selector, budget=budget, task=MEAN, accuracy=middle, n=total, ci95=bounds)
@@ -91,11 +94,13 @@ def average(tables: Sequence[Sequence[Row]]) -> list[Row]:
     """
     if len(tables) == 1:
         return list(tables[0])
+    from scipy.stats import t
+
     rows = []
     for same in zip(*tables, strict=True):
         found = [row["accuracy"] for row in same]
         examples = mean((row["ci95"][1] - row["ci95"][0]) / 2 for row in same)
-        trainings = T95[min(len(found), len(T95) + 1) - 2] * stdev(found) / math.sqrt(len(found))
+        trainings = float(t.ppf((1 + LEVEL) / 2, len(found) - 1)) * stdev(found) / math.sqrt(len(found))
         middle, half = mean(found), math.hypot(examples, trainings)
         bounds = (max(0.0, middle - half), min(1.0, middle + half))
         row = same[0].copy()

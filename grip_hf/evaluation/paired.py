@@ -35,7 +35,7 @@ class Variant:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class Timing:
     """What one run gave.
 
     Attributes:
@@ -84,7 +84,7 @@ class Bench:
         return get_selector(name, scorer=GripScorer(config).to(self.model.device, self.model.dtype).eval())
 
     @torch.no_grad()
-    def run(self, variant: Variant) -> Sample:
+    def run(self, variant: Variant) -> Timing:
         """Run one variant; the model is left unpatched."""
         floor = variant.selector is None and variant.num_tokens
         if floor and floor not in self.kept:
@@ -99,7 +99,7 @@ class Bench:
                 ms, size = self.watch.spans(), cache_bytes(cache)
                 lengths = tuple(layer.keys.shape[-2] for layer in cache.layers)
                 ms["decode"], hook_us = self._decode(token, cache)
-                return Sample(ms, hook_us, size, peak(), lengths)
+                return Timing(ms, hook_us, size, peak(), lengths)
         finally:
             remove_grip(self.model)
 

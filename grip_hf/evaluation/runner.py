@@ -24,8 +24,8 @@ Judged = Scores | Method
 Asked = tuple[str, list[str], bool]
 
 
-class Verdict(NamedTuple):
-    """One answer: who gave it (which of several trainings), at which budget, to which question, and how right it is."""
+class Mark(NamedTuple):
+    """One answer: who gave it (which of several trainings), at which budget, to which question, how right it is."""
 
     selector: str
     training: int
@@ -42,13 +42,13 @@ class Evaluation:
 
     Attributes:
         rows: The table.
-        verdicts: Every answer, question by question.
+        marks: Every answer, question by question.
         metric: What the scores are, in words.
         asked: Per question its text and the accepted answers, as they were judged.
     """
 
     rows: list[Row]
-    verdicts: list[Verdict]
+    marks: list[Mark]
     metric: str
     asked: list[tuple[str, list[str]]]
 
@@ -59,7 +59,7 @@ class Evaluation:
 
     def samples(self) -> Iterator[dict[str, Any]]:
         """One record per answer, as plain data."""
-        for one in self.verdicts:
+        for one in self.marks:
             question, answers = self.asked[one.row]
             yield {**one._asdict(), "question": question, "answers": answers}
 
@@ -123,7 +123,7 @@ def evaluate(
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     starts = range(rank * batch_size, len(examples), world * batch_size)
     vlm = FrozenVLM(model, processor, cache_bytes=1 << 28, tap=tap_all(every))
-    batches: list[tuple[list[Verdict], list[Asked]]] = []
+    batches: list[tuple[list[Mark], list[Asked]]] = []
     try:
         for start in tqdm(starts, desc="evaluating", disable=None if progress and rank == 0 else True):
             vlm.attach()
@@ -136,10 +136,10 @@ def evaluate(
         # Batches dealt out in turn come back in their order, so that rows and tasks stand as one process puts them.
         shards: list[list[Any]] = gather_object([batches])
         batches = [shards[i % world][i // world] for i in range(sum(map(len, shards)))]
-    verdicts = [one for found, _ in batches for one in found]
+    marks = [one for found, _ in batches for one in found]
     questions = [one for _, found in batches for one in found]
-    table_rows = _table(verdicts)
-    return Evaluation(table_rows, verdicts, _name(metric, questions), [(one, right) for one, right, _ in questions])
+    table_rows = _table(marks)
+    return Evaluation(table_rows, marks, _name(metric, questions), [(one, right) for one, right, _ in questions])
 
 
 def _asked(prompts: Prompts) -> list[Asked]:
@@ -172,7 +172,7 @@ def _method(one: Judged) -> Method:
 
 def _judge(
     prompts: Prompts, methods: Mapping[str, Sequence[Method]], budgets: Sequence[Budget], first: int
-) -> Iterable[Verdict]:
+) -> Iterable[Mark]:
     """What every method makes of a batch whose first question has the number `first`, and the unpruned model."""
     tasks = [str(sample.example.columns.get("task", "all")) for sample in prompts.samples]
     trainings = {UNPRUNED: [Unpruned()], **methods}
@@ -181,13 +181,13 @@ def _judge(
             asked = budgets if name != UNPRUNED else [1.0]
             for budget, answers in zip(asked, one.answers(prompts, asked), strict=True):
                 for row, (task, answer) in enumerate(zip(tasks, answers, strict=True), first):
-                    yield Verdict(name, number, budget, row, task, answer.score, answer.said)
+                    yield Mark(name, number, budget, row, task, answer.score, answer.said)
 
 
-def _table(verdicts: Iterable[Verdict]) -> list[Row]:
+def _table(marks: Iterable[Mark]) -> list[Row]:
     """Rows of every method, several trainings of a selector averaged."""
     answers: dict[int, dict[tuple[str, float], dict[str, list[float]]]] = defaultdict(dict)
-    for one in verdicts:
+    for one in marks:
         by_task = answers[one.training].setdefault((one.selector, one.budget), defaultdict(list))
         by_task[one.task].append(one.score)
     order = dict.fromkeys(task for by_task in answers[0].values() for task in by_task)

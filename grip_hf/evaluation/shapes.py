@@ -98,7 +98,7 @@ def get_shape(name: str) -> Shape:
     return SHAPES[name]
 
 
-def build_model(shape: Shape, device: str, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0) -> Any:
+def build_shape(shape: Shape, device: str, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0) -> Any:
     """Build a model of this shape with random weights, in eval mode.
 
     Raises:

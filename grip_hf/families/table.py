@@ -57,7 +57,7 @@ def convolved(config: Any) -> int:
     return square(config) // 16
 
 
-def unknown(config: Any) -> int:
+def unfixed(config: Any) -> int:
     """The size of a picture that the config does not fix."""
     return 0
 
@@ -86,7 +86,7 @@ class Family:
     """
 
     layout: Layout
-    tile: Callable[[Any], int] = unknown
+    tile: Callable[[Any], int] = unfixed
     language_model: str = "language_model"
     token_ids: tuple[str, ...] = ("image_token_id",)
     mrope: bool = False

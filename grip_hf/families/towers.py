@@ -240,7 +240,7 @@ PREFIX = {
     "qwen2_vl_vision": 0,
     "qwen2_5_vl_vision": 0,
 }
-FAMILIES: dict[str, Callable[[Any], Tower]] = {
+TOWERS: dict[str, Callable[[Any], Tower]] = {
     "llava": _llava,
     "internvl": _internvl,
     "idefics3": _idefics,

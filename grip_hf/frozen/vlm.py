@@ -114,7 +114,9 @@ class FrozenVLM:
             raise DatasetError("an example has no visual token, or only one: there is nothing to choose")
         samples = []
         for row, example in enumerate(examples):
-            answer = self._say(inputs[row], encoded[row]) if example.answer is None else self.answer_tokens(example.answer)
+            answer = (
+                self._say(inputs[row], encoded[row]) if example.answer is None else self.answer_tokens(example.answer)
+            )
             visual = share_tokens(own := one_row(seen, row), encoded[row].features)
             size = own.text.nbytes + own.tokens.nbytes * (visual is own) + 4 * len(answer) * self.vocabulary
             samples.append(Sample(inputs[row], encoded[row], visual, answer, size, example))

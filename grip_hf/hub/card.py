@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
 from ..errors import ConfigError
+from ..tables import pivot
 
 TEMPLATE = "model_card_template.md"
 TAGS = ("grip", "visual-token-pruning", "trl")
@@ -26,7 +27,7 @@ SECTION = re.compile(r"<!-- grip_hf: (\w+) -->\n(.*?)<!-- /grip_hf -->", re.DOTA
 PICTURE = "kept_tokens.png"
 NOT_SAID = {"results": "Not measured yet.", "training": "Not described.", "picture": ""}
 UNPRUNED, MEAN = "unpruned", "mean"
-COLUMNS = ("selector", "budget", "task", "accuracy")
+NEEDED = ("selector", "budget", "task", "accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +168,8 @@ def _rows(source: Any) -> list[Mapping[str, Any]]:
     if not isinstance(rows, Sequence) or not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ConfigError(f"results must be the rows of an evaluation table, got {type(source).__name__}")
     for row in rows:
-        if set(COLUMNS) - set(row):
-            raise ConfigError(f"a row of the results must have {COLUMNS}, got {dict(row)}")
+        if set(NEEDED) - set(row):
+            raise ConfigError(f"a row of the results must have {NEEDED}, got {dict(row)}")
     return list(rows)
 
 
@@ -195,15 +196,9 @@ def _metrics(facts: Facts, repo: str | None) -> dict[str, Any]:
 
 def _markdown(rows: Iterable[Mapping[str, Any]]) -> str:
     """Right answers in percent, the mean over tasks: selectors by budgets."""
-    found = {(row["selector"], row["budget"]): row for row in rows if row["task"] == MEAN}
-    names = dict.fromkeys(name for name, _ in found if name != UNPRUNED)
-    budgets = dict.fromkeys(budget for name, budget in found if name != UNPRUNED)
-    full = next((row["accuracy"] for (name, _), row in found.items() if name == UNPRUNED), None)
-    lines = ["| right answers in % | " + " | ".join(f"keep {budget:.0%}" for budget in budgets) + " |"]
-    lines.append("|---|" + "---|" * len(budgets))
-    for name in names:
-        cells = [f"{100 * found[name, b]['accuracy']:.1f}" if (name, b) in found else "" for b in budgets]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    if full is not None:
-        lines.append(f"\nWith all visual tokens: {100 * full:.1f} %.")
-    return "\n".join(lines)
+    means = [row for row in rows if row["task"] == MEAN]
+    pruned = [row for row in means if row["selector"] != UNPRUNED]
+    text = pivot(pruned, lambda budget: f"keep {budget:.0%}", lambda row: f"{100 * row['accuracy']:.1f}").markdown()
+    full = next((row["accuracy"] for row in means if row["selector"] == UNPRUNED), None)
+    below = "" if full is None else f"\n\nWith all visual tokens: {100 * full:.1f} %."
+    return f"Right answers in %:\n\n{text}{below}"

@@ -22,10 +22,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from ..config import CONFIG_FILE
 from ..errors import HubError, ScorerError
 
 SUBFOLDER = "grip"
-CONFIG_FILE = "grip_config.json"
 SCORER_TYPE = "grip_scorer"
 LOADED = (".json", ".safetensors")
 SHOWN = (".md", ".png", ".jpg", ".jpeg", ".webp", ".svg")  # for people: never read by this library

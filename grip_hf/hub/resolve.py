@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,58 +17,147 @@ from ..families.table import Parts
 from .checkpoint import CONFIG_FILE, SUBFOLDER, attached_folder, came_from
 from .download import fetch, is_repo_id, read_settings
 
-Resolved = tuple[GripConfig, nn.Module | None]
+logger = logging.getLogger(__name__)
+LEARNED = "grip"
+TRAINING_FREE = "cdpruner"  # the rule by which it was chosen is in the docstring of `apply_grip`
+OLD_NAME = "config_or_scorer_or_repo"
 
 
-def resolve(parts: Parts, source: Any, selector: Any, overrides: dict[str, Any], hub: dict[str, Any]) -> Resolved:
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """What `apply_grip` was asked for.
+
+    Attributes:
+        config: The settings, with the name of the selector; None if a callable chooses.
+        scorer: The learned scorer, if it chooses.
+        note: What was decided for the user, for the log and the handle's `repr`; "" if nothing was.
+    """
+
+    config: GripConfig
+    scorer: nn.Module | None = None
+    note: str = ""
+
+
+def resolve(
+    parts: Parts, config: Any, scorer: Any, selector: Any, overrides: dict[str, Any], hub: dict[str, Any]
+) -> Resolved:
     """The settings and the scorer that the arguments of `apply_grip` ask for.
 
     Args:
         parts: The model.
-        source: `config_or_scorer_or_repo`.
+        config: A `GripConfig`, or None; also what `old_spelling` takes.
+        scorer: A scorer, its folder or Hub id, or None.
         selector: The selector's name, a callable, or None.
         overrides: Settings that override those found.
         hub: Where on the Hub to look: `revision`, `token`, ... (see `fetch`).
 
     Raises:
-        ConfigError: A setting is not allowed.
+        ConfigError: A setting is not allowed, or two that exclude each other are given.
         ScorerError: The scorer is missing, damaged, or made for another model.
         HubError: A repository cannot be read.
     """
+    overrides = dict(overrides)
+    config = overrides.pop(OLD_NAME, config)
+    config, scorer = old_spelling(config, scorer)
     if isinstance(selector, str):
-        overrides = {**overrides, "selector": selector}
+        overrides["selector"] = selector
     elif selector is not None and not callable(selector):
         raise ConfigError(f"selector must be a name or a callable, got {selector!r}")
     GripConfig.check_names(overrides)
-    source = GripConfig.from_dict(source) if isinstance(source, Mapping) else source
-    named = overrides.get("selector", source.selector if isinstance(source, GripConfig) else "grip")
-    learned = named == "grip" and not callable(selector)
-    config: GripConfig | None = None
-    scorer: nn.Module | None = None
-    if source is None and learned:
+    given = overrides.get("selector") or (config.selector if config is not None else None)
+    saved: GripConfig | None = None
+    if isinstance(scorer, (str, os.PathLike)):
+        asked = scorer
+        saved, scorer = _load(_folder(parts, scorer, hub))
+        if scorer is None and saved is None:
+            raise ScorerError(f"{os.fspath(asked)!r} holds no GRIP scorer")
+    elif scorer is not None and not isinstance(scorer, nn.Module):
+        raise ConfigError(f"scorer must be a GripScorer, or the folder or Hub id of one, got {type(scorer).__name__}")
+    elif (
+        scorer is None
+        and given in (None, LEARNED)
+        and not callable(selector)
+        and not _brings_scorer(config, overrides)
+    ):
         attached = attached_folder(parts.owner, **hub)
         if attached is not None:
-            config, scorer = _load(attached)
-    elif isinstance(source, GripConfig):
-        config = source
-        if learned and "scorer" not in config.selector_kwargs:
-            attached = attached_folder(parts.owner, **hub)
-            scorer = None if attached is None else _load(attached)[1]
-    elif isinstance(source, nn.Module):
-        scorer = source
-    elif isinstance(source, (str, os.PathLike)):
-        config, scorer = _load(_folder(parts, source, hub))
-    elif source is not None:
+            saved, scorer = _load(attached)
+    if config is None and saved is None and not overrides:
         raise ConfigError(
-            f"expected a GripConfig, a GripScorer, or the directory or Hub id of one, got {type(source).__name__}"
-        )
-    if source is None and config is None and not overrides:
-        raise ConfigError(
-            "apply_grip(model) needs a budget: give a GripConfig, a scorer or its directory, or keep_ratio=... or "
-            f"num_tokens=...; the checkpoint of this model ({came_from(parts.owner)!r}) has no GRIP part"
+            "apply_grip(model) needs a budget: give a GripConfig, keep_ratio=... or num_tokens=..., or the scorer=... "
+            f"whose settings were saved with it; the checkpoint of this model ({came_from(parts.owner)!r}) has no "
+            "GRIP part"
         )
     _check_scorer(parts, scorer)
-    return (GripConfig(**overrides) if config is None else config.replace(**overrides)), scorer
+    return _decided(config, saved, scorer, selector, overrides)
+
+
+def old_spelling(config: Any, scorer: Any) -> tuple[GripConfig | None, Any]:
+    """The settings and the scorer of a call, whose second argument may be either of them or a repository, as in 0.1.
+
+    Raises:
+        ConfigError: It is nothing of this, or the name of a selector.
+    """
+    if config is not None and not isinstance(config, GripConfig):
+        if isinstance(config, Mapping):
+            instead = "apply_grip(model, GripConfig(...))"
+            config, scorer = GripConfig.from_dict(config), scorer
+        elif isinstance(config, (str, os.PathLike, nn.Module)) and scorer is None:
+            _refuse_name(config)
+            instead = "apply_grip(model, scorer=...)"
+            config, scorer = None, config
+        else:
+            raise ConfigError(
+                f"expected a GripConfig as the second argument of apply_grip, got {type(config).__name__}: a scorer, "
+                "its folder or its Hub id is given by scorer=..."
+            )
+        warnings.warn(f"this spelling of apply_grip is deprecated: write {instead}", DeprecationWarning, stacklevel=4)
+    _refuse_name(scorer)
+    return config, scorer
+
+
+def _refuse_name(source: Any) -> None:
+    """Raise `ConfigError` if the name of a selector is given where a scorer is expected."""
+    if not isinstance(source, str) or os.path.exists(source):
+        return
+    from ..selectors import SELECTORS  # imported late, as every selector is
+
+    if source in SELECTORS:
+        raise ConfigError(
+            f"{source!r} is the name of a selector, not of a scorer's folder or repository: "
+            f"write apply_grip(model, keep_ratio=..., selector={source!r})"
+        )
+
+
+def _brings_scorer(config: GripConfig | None, overrides: Mapping[str, Any]) -> bool:
+    """Whether the arguments of the selector name a scorer."""
+    kwargs = overrides.get("selector_kwargs", config.selector_kwargs if config is not None else None)
+    return "scorer" in (kwargs or ())
+
+
+def _decided(
+    config: GripConfig | None, saved: GripConfig | None, scorer: Any, selector: Any, overrides: dict[str, Any]
+) -> Resolved:
+    """The settings given before those saved, and the selector where none is named."""
+    named = config is not None and config.selector is not None
+    if config is not None and saved is not None and not named and scorer is None:
+        config = config.replace(selector=saved.selector, selector_kwargs=saved.selector_kwargs)
+    config = config or saved
+    config = GripConfig(**overrides) if config is None else config.replace(**overrides)
+    if callable(selector):
+        if scorer is not None:
+            raise ConfigError("give a scorer or a selector of your own, got both")
+        return Resolved(config)
+    if scorer is not None:
+        if config.selector not in (None, LEARNED):
+            raise ConfigError(f"give a scorer or a selector, got a scorer and selector={config.selector!r}")
+        return Resolved(config.replace(selector=LEARNED), scorer)
+    if config.selector is not None:
+        return Resolved(config)
+    if "scorer" in config.selector_kwargs:
+        return Resolved(config.replace(selector=LEARNED))
+    note = f"no scorer was given and none came with the model: {TRAINING_FREE!r}, which needs no training, chooses"
+    return Resolved(config.replace(selector=TRAINING_FREE), None, note)
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
@@ -98,8 +190,10 @@ def _load(folder: str) -> tuple[GripConfig | None, nn.Module | None]:
     """The settings and the scorer saved in a folder; either may be missing."""
     path = os.path.join(folder, CONFIG_FILE)
     config = GripConfig.from_json(path) if os.path.isfile(path) else None
-    if config is not None and config.selector != "grip":
+    if config is not None and config.selector not in (None, LEARNED):
         return config, None
+    if config is not None and config.selector is None and not os.path.isfile(os.path.join(folder, "config.json")):
+        return config, None  # settings alone, of `GripConfig.save_pretrained`
     from ..scorer.model import GripScorer  # only needed here
 
     return config, GripScorer.from_pretrained(folder)

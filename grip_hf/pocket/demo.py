@@ -38,7 +38,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One line of the demo's table."""
 
     family: str
@@ -67,7 +67,7 @@ class Cell:
 class Demo:
     """All that the demo shows."""
 
-    rows: list[Row]
+    rows: list[Comparison]
     summary: list[Cell]
     picture: Image.Image
 
@@ -151,7 +151,7 @@ def _cell(selector: str, keep_ratio: float, scenes: Sequence[Scene], answers: Se
 
 def _side_by_side(
     model: Any, processor: LlavaProcessor, scenes: Sequence[Scene], config: GripConfig
-) -> tuple[list[Row], Image.Image]:
+) -> tuple[list[Comparison], Image.Image]:
     """The table, and a picture of each scene beside what was kept for its first questions of different families."""
     rows, sheet = [], []
     for scene in scenes:
@@ -163,7 +163,7 @@ def _side_by_side(
             pruned = ask_one(model, processor, scene, question)
             kept = len(pruned.kept)
             rows.append(
-                Row(
+                Comparison(
                     question.family,
                     question.text,
                     question.answer,

@@ -13,7 +13,7 @@ from grip_hf.pocket.vocabulary import CATEGORIES, COLOURS, LETTERS, WORD_LENGTH
 TOKENS = PATCHES * PATCHES
 NAMED = {"category": CATEGORIES, "colour": COLOURS, "letter": LETTERS}  # scored against word embeddings
 PLACED = {"slot": WORD_LENGTH + 1, "centre": 2, "row": CELLS, "column": CELLS}  # scored by a linear head each
-WEIGHTS = {"category": 1.0, "colour": 0.5, "letter": 1.0, "slot": 0.5, "centre": 0.5, "row": 0.2, "column": 0.2}
+LOSS_WEIGHTS = {"category": 1.0, "colour": 0.5, "letter": 1.0, "slot": 0.5, "centre": 0.5, "row": 0.2, "column": 0.2}
 
 
 def dense_labels(items: Sequence[Item]) -> dict[str, np.ndarray]:
@@ -65,7 +65,7 @@ class DenseHeads(nn.Module):
         accuracy = {}
         for name, logits in self(tokens, words).items():
             logits, target = logits.float().flatten(0, 1), labels[name].flatten()
-            total = total + WEIGHTS[name] * F.cross_entropy(logits, target)
+            total = total + LOSS_WEIGHTS[name] * F.cross_entropy(logits, target)
             there = target < logits.shape[-1] - 1 if name in NAMED or name == "slot" else target >= 0
             accuracy[name] = (logits.argmax(-1) == target)[there].float().mean()
         there = torch.zeros(len(cls), len(CATEGORIES) + 1, device=cls.device)

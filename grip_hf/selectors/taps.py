@@ -16,7 +16,7 @@ from torch import nn
 from ..engine.taps import publish
 from ..errors import UnsupportedModelError
 from ..families.table import find_parts
-from ..families.towers import FAMILIES, PREFIX, Tower, remember_grid
+from ..families.towers import PREFIX, TOWERS, Tower, remember_grid
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -94,12 +94,12 @@ def find_tower(model: nn.Module, who: str) -> tuple[nn.Module, list[nn.Module], 
     """
     parts = find_parts(model)
     config: Any = parts.base.config
-    describe = FAMILIES.get(config.model_type)
+    describe = TOWERS.get(config.model_type)
     kind = config.vision_config.model_type
     if describe is None or kind not in PREFIX:
         raise UnsupportedModelError(
             f"selector {who!r} needs attention of the vision tower, which is known for the model types "
-            f"{', '.join(FAMILIES)} with towers of type {', '.join(PREFIX)}; this {config.model_type!r} model has a "
+            f"{', '.join(TOWERS)} with towers of type {', '.join(PREFIX)}; this {config.model_type!r} model has a "
             f"tower of type {kind!r}"
         )
     tower = describe(config)

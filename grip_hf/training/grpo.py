@@ -17,7 +17,7 @@ from .policy import PruningPolicy, keep_set_tokenizer
 from .rewards import REWARDS, Reward, checked
 from .rollout import BudgetRange, make_rollout
 
-DEFAULTS: dict[str, Any] = {
+GRPO_DEFAULTS: dict[str, Any] = {
     "loss_type": "dr_grpo",
     "scale_rewards": "group",  # "batch" leaves little signal to large budgets, where all members do well
     "num_generations": 8,
@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
 }
 DEFAULT_REWARDS = ("closeness", "correctness")
 # What the mapping of keep-sets to completions relies on.
-FIXED: dict[str, Any] = {
+GRPO_FIXED: dict[str, Any] = {
     "bf16": False,  # scores would lose their order
     "fp16": False,
     "gradient_checkpointing": False,
@@ -49,11 +49,11 @@ def grpo_config(output_dir: str, **overrides: Any) -> GRPOConfig:
         ConfigError: A setting makes no sense, is one that keep-sets cannot work with, or TRL refuses it.
     """
     check_settings(overrides)
-    wrong = {name: overrides[name] for name, value in FIXED.items() if overrides.get(name, value) != value}
+    wrong = {name: overrides[name] for name, value in GRPO_FIXED.items() if overrides.get(name, value) != value}
     if wrong:
-        raise ConfigError(f"training keep-sets needs { ({name: FIXED[name] for name in wrong}) }, got {wrong}")
+        raise ConfigError(f"training keep-sets needs { ({name: GRPO_FIXED[name] for name in wrong}) }, got {wrong}")
     try:
-        return GRPOConfig(output_dir=output_dir, **{**DEFAULTS, **overrides, **FIXED})
+        return GRPOConfig(output_dir=output_dir, **{**GRPO_DEFAULTS, **overrides, **GRPO_FIXED})
     except ValueError as error:
         raise ConfigError(f"GRPO cannot be set up like this: {error}") from error
 
@@ -94,9 +94,9 @@ def make_grpo_trainer(
     """
     check_copies(args)
     functions = [checked(one) for one in reward_functions(rewards)]
-    wrong = {name: getattr(args, name) for name, value in FIXED.items() if getattr(args, name) != value}
+    wrong = {name: getattr(args, name) for name, value in GRPO_FIXED.items() if getattr(args, name) != value}
     if wrong:
-        raise ConfigError(f"training keep-sets needs { ({name: FIXED[name] for name in wrong}) }, got {wrong}")
+        raise ConfigError(f"training keep-sets needs { ({name: GRPO_FIXED[name] for name in wrong}) }, got {wrong}")
     budgets = budgets if isinstance(budgets, BudgetRange) else BudgetRange(*budgets)
     if num_actions is None:
         num_actions = max(sample.num_visual for sample in store.samples(range(min(8, len(store.examples)))))

@@ -19,7 +19,7 @@ from ..hub.resolve import describe_base
 from ..scorer.model import GripScorer, GripScorerConfig
 from .checkpoints import last_checkpoint, save_scorer, saving
 from .grpo import make_grpo_trainer
-from .plan import Plan, keep_plan
+from .plan import TrainingPlan, keep_plan
 from .relaxed import RelaxedTrainer
 from .warmup import WarmupTrainer
 
@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 Say = Callable[[str], object]
 
 
-def train(plan: Plan, store: SampleStore, callbacks: list[Any] | None = None, say: Say = logger.info) -> GripScorer:
+def train_scorer(
+    plan: TrainingPlan, store: SampleStore, callbacks: list[Any] | None = None, say: Say = logger.info
+) -> GripScorer:
     """Run a plan, going on from whatever its output folder holds of it.
 
     Args:
@@ -74,7 +76,13 @@ def finished(folder: Path) -> bool:
 
 
 def _stage(
-    plan: Plan, name: str, args: Any, scorer: GripScorer, store: SampleStore, callbacks: list[Any] | None, say: Say
+    plan: TrainingPlan,
+    name: str,
+    args: Any,
+    scorer: GripScorer,
+    store: SampleStore,
+    callbacks: list[Any] | None,
+    say: Say,
 ) -> None:
     """Train a scorer in place through one stage, from its last checkpoint if there is one."""
     folder = plan.output / name
@@ -101,7 +109,7 @@ def _on_main(say: Say, text: str) -> None:
 
 
 def _trainer(
-    plan: Plan, name: str, args: Any, scorer: GripScorer, store: SampleStore, callbacks: list[Any] | None
+    plan: TrainingPlan, name: str, args: Any, scorer: GripScorer, store: SampleStore, callbacks: list[Any] | None
 ) -> Any:
     shared: dict[str, Any] = {"budgets": plan.budgets, "callbacks": callbacks}
     if name == "warmup":

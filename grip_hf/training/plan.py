@@ -26,7 +26,7 @@ LOCAL = ("report_to", "use_cpu", "disable_tqdm", "logging_steps", "save_total_li
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What to train and for how long.
 
     Args:

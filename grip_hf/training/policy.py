@@ -35,7 +35,7 @@ from ..scorer.model import GripScorer, GripScorerConfig
 GONE = -1e9
 
 
-def score(scorer: nn.Module, batch: VisualBatch) -> Tensor:
+def score_groups(scorer: nn.Module, batch: VisualBatch) -> Tensor:
     """[G, N] float32 scores of a batch, with gradients."""
     ratio = (batch.budgets / batch.mask.sum(1)).float().clamp(max=1)
     return scorer(batch.tokens, batch.mask, batch.text, batch.text_mask, ratio, batch.positions)
@@ -83,7 +83,7 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"an example has {batch.mask.shape[1]} visual tokens, the policy allows {self.num_actions}"
             )
-        scores = score(self.scorer, batch).masked_fill(~batch.mask, GONE)
+        scores = score_groups(self.scorer, batch).masked_fill(~batch.mask, GONE)
         scores = nn.functional.pad(scores, (0, self.num_actions - scores.shape[1]), value=GONE)
         chosen = nn.functional.one_hot(picks.clamp(max=self.num_actions - 1), self.num_actions)
         taken = (chosen.cumsum(1) - chosen).bool() & real[..., None]

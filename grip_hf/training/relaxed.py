@@ -16,7 +16,7 @@ from ..engine.keepsets import topk_mask
 from ..frozen.samples import answer_ids
 from ..frozen.store import compare
 from .checks import check_settings
-from .policy import score
+from .policy import score_groups
 from .supervised import StoreTrainer
 
 # Weight of a token that is not kept: small enough to vanish, large enough for float32 gradients.
@@ -105,7 +105,7 @@ class RelaxedTrainer(StoreTrainer):
     def loss(self, scorer: nn.Module, rows: list[int]) -> Tensor:
         """KL and answer probability of a batch of rows under relaxed keep-sets."""
         batch = self.store.visual(rows, self.draw_budgets(rows))
-        scores = score(scorer, batch)
+        scores = score_groups(scorer, batch)
         samples = self.store.samples(rows) * self.draws
         repeat = {"scores": scores, "mask": batch.mask, "budgets": batch.budgets}
         scores, mask, budgets = (value.repeat(self.draws, *[1] * (value.ndim - 1)) for value in repeat.values())

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..engine.keepsets import gumbel_topk
 from ..errors import ConfigError
 from ..frozen.store import SampleStore
-from .policy import score
+from .policy import score_groups
 
 Rollout = Callable[[list[Any], Any], dict[str, Any]]
 
@@ -104,7 +104,7 @@ def _pick(
     asked = torch.tensor([rows, counts]).T
     distinct, group = asked.unique(dim=0, return_inverse=True)
     batch = store.visual(distinct[:, 0].tolist(), distinct[:, 1])
-    scores, mask = score(policy.scorer, batch)[group], batch.mask[group]
+    scores, mask = score_groups(policy.scorer, batch)[group], batch.mask[group]
     wanted = torch.tensor(counts, device=mask.device)
     order = gumbel_topk(scores, mask, wanted, temperature=temperature or 1.0)
     best = scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, : order.shape[1]]

@@ -18,7 +18,7 @@ from ..engine.keepsets import VisualBatch, topk_mask
 from ..errors import ConfigError
 from ..frozen.samples import Sample
 from .importance import IMPORTANCES, spread_out
-from .policy import score
+from .policy import score_groups
 from .supervised import StoreTrainer
 
 
@@ -82,7 +82,7 @@ class WarmupTrainer(StoreTrainer):
     def loss(self, scorer: nn.Module, rows: list[int]) -> Tensor:
         """The ranking loss of a batch of rows."""
         batch = self.store.visual(rows, self.draw_budgets(rows))
-        return ranking_loss(score(scorer, batch), batch.mask, self.targets(rows, batch))
+        return ranking_loss(score_groups(scorer, batch), batch.mask, self.targets(rows, batch))
 
 
 def cut(kept: Tensor, samples: Sequence[Sample]) -> list[Tensor]:

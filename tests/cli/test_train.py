@@ -49,7 +49,7 @@ def test_a_model_and_dataset_of_ones_own_without_answers(command, model_folder, 
     table = json.loads((tmp_path / "eval_table.json").read_text())
     assert {"warmup", "grpo", "unpruned", "random"} <= {row["selector"] for row in table["rows"]}
     model, processor = build_vlm()
-    apply_grip(model, tmp_path, keep_ratio=0.25)
+    apply_grip(model, scorer=tmp_path, keep_ratio=0.25)
     inputs = processor(images=rows(1)[0]["image"], text="<image>is there any cat", return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
     assert len(model.grip.kept_tokens(out)[0]) == 4

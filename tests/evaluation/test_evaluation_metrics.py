@@ -47,3 +47,15 @@ def test_trainings_are_averaged_with_both_spreads():
     assert row["ci95"] == pytest.approx((0.53 - half, 0.53 + half), abs=1e-4)
     (wide,) = average([rows(0.1), rows(0.9)])
     assert wide["ci95"] == (0, 1)
+
+
+def test_students_t_goes_on_beyond_ten_trainings():
+    """40 trainings: 2.0227 standard errors, from tables with 39 degrees of freedom."""
+    found = [0.5 + 0.01 * (i % 2) for i in range(40)]
+    tables = [
+        [{"selector": "a", "budget": 0.5, "task": "x", "accuracy": one, "n": 100, "ci95": (one, one)}] for one in found
+    ]
+    (row,) = average(tables)
+    spread = (sum((one - 0.505) ** 2 for one in found) / 39) ** 0.5
+    half = (row["ci95"][1] - row["ci95"][0]) / 2
+    assert half == pytest.approx(2.0227 * spread / 40**0.5, rel=1e-4)

@@ -207,7 +207,7 @@ def test_scorers_that_come_with_the_package(name):
     scorer, (other, *_) = shipped_scorer(name), [shipped_scorer(one) for one in SHIPPED if one != name]
     assert any(not torch.equal(a, b) for a, b in zip(scorer.parameters(), other.parameters(), strict=True))
     model, _ = load_pocket_llava()
-    apply_grip(model, *([] if name == "grip" else [str(folder)]))  # "grip" is found beside the pocket model
+    apply_grip(model, scorer=None if name == "grip" else str(folder))  # "grip" is found beside the pocket model
     used = model.grip.selector.scorer
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(used.parameters(), scorer.parameters(), strict=True))
 

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import typer
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from grip_hf import apply_grip
@@ -16,8 +17,8 @@ from grip_hf.evaluation import latency
 from grip_hf.evaluation.flops import prefill_flops
 from grip_hf.evaluation.latency import run_bench
 from grip_hf.evaluation.memory import peak_memory
-from grip_hf.evaluation.paired import Bench, Sample, Variant
-from grip_hf.evaluation.shapes import SHAPES, build_inputs, build_model, get_shape
+from grip_hf.evaluation.paired import Bench, Timing, Variant
+from grip_hf.evaluation.shapes import SHAPES, build_inputs, build_shape, get_shape
 from grip_hf.evaluation.stopwatch import SPANS, watched
 from grip_hf.families.table import find_parts
 from grip_hf.pocket.model import build_model as build_pocket
@@ -41,14 +42,14 @@ def shrunk(name):
 
 
 def tiny_bench(selectors=("grip",), name="tiny", batch=1):
-    model = build_model(get_shape(name), "cpu", torch.float32)
+    model = build_shape(get_shape(name), "cpu", torch.float32)
     return Bench(model, build_inputs(get_shape(name), model, batch), selectors, decode_tokens=3)
 
 
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-next", "qwen2.5-vl-7b"])
 def test_every_shape_runs_pruned_and_unpruned(name):
     shape = shrunk(name)
-    model = build_model(shape, "cpu", torch.float32)
+    model = build_shape(shape, "cpu", torch.float32)
     one = Bench(model, build_inputs(shape, model), ("grid",), decode_tokens=1)
     layers = model.config.get_text_config().num_hidden_layers
     text = one.inputs["input_ids"].shape[1] - shape.tokens
@@ -59,7 +60,7 @@ def test_every_shape_runs_pruned_and_unpruned(name):
 def test_real_shapes_have_the_sizes_of_the_real_models():
     counts = {"llava-1.5-7b": 7.06, "llava-next": 7.06, "qwen2.5-vl-7b": 8.29}
     for name, billions in counts.items():
-        model = build_model(get_shape(name), "meta", torch.bfloat16)
+        model = build_shape(get_shape(name), "meta", torch.bfloat16)
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
@@ -77,7 +78,7 @@ def test_the_floor_is_the_language_model_alone_on_what_was_kept():
 
 
 def test_the_pocket_shape_is_that_of_the_pocket_model():
-    model, pocket = build_model(get_shape("pocket"), "meta", torch.float32), build_pocket()
+    model, pocket = build_shape(get_shape("pocket"), "meta", torch.float32), build_pocket()
     assert {n: p.shape for n, p in model.model.named_parameters()} == {
         n: p.shape for n, p in pocket.model.named_parameters()
     }
@@ -148,13 +149,25 @@ def test_the_model_is_left_as_it_was():
 
 def test_flops_equal_a_sum_over_layers_and_positions():
     text = SHAPES["small"].text
-    model = build_model(get_shape("small"), "meta", torch.float32)
+    model = build_shape(get_shape("small"), "meta", torch.float32)
     hidden, tokens, flops = text["hidden_size"], 33, 0
     for _ in range(text["num_hidden_layers"]):
         for position in range(tokens):
             flops += 2 * (4 * hidden * hidden + 3 * hidden * text["intermediate_size"])
             flops += 2 * 2 * hidden * (position + 1)
     assert prefill_flops(find_parts(model).language_model, [tokens] * 12) == pytest.approx(flops, rel=1e-12)
+
+
+def test_flops_equal_those_that_torch_counts():
+    """In eager attention, which computes the whole map: the upper half and the output head are not ours."""
+    model = build_shape(get_shape("pocket"), "cpu", torch.float32, "eager")
+    language_model, count = find_parts(model).language_model, 33
+    config = language_model.config
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        language_model(inputs_embeds=torch.zeros(1, count, config.hidden_size), use_cache=False)
+    upper = 2 * config.hidden_size * count * (count - 1) * config.num_hidden_layers
+    mine = prefill_flops(language_model, [count] * config.num_hidden_layers)
+    assert mine + upper == pytest.approx(counter.get_total_flops(), rel=1e-3)  # its rotary embedding multiplies too
 
 
 def test_flops_follow_tokens_dropped_inside_the_model():
@@ -182,7 +195,7 @@ def test_peak_memory_sees_an_allocation():
 def test_ratios_are_medians_over_rounds():
     def sample(total, hook):
         parts = dict.fromkeys(("vision", "prune", "prefill", "restore", "head", "selector", "decode"), 1.0)
-        return Sample({**parts, "total": total}, hook, 8, None)
+        return Timing({**parts, "total": total}, hook, 8, None)
 
     mine, floor = Variant("grip", 4), Variant(None, 4)
     rounds = [

@@ -24,7 +24,7 @@ def scorer(width=tiny.HIDDEN):
 
 
 def apply(model, name, **settings):
-    return apply_grip(model, scorer() if name == "grip" else None, selector=name, **settings)
+    return apply_grip(model, scorer=scorer() if name == "grip" else None, selector=name, **settings)
 
 
 def kept(model, inputs):
@@ -187,7 +187,7 @@ def test_cls_attention_refuses_what_it_cannot_tap():
 def test_a_scorer_of_another_width_is_refused():
     model = tiny.build("llava")
     with pytest.raises(ScorerError, match=r"hidden_size 40, but .* has 32"):
-        apply_grip(model, scorer(40), num_tokens=6)
+        apply_grip(model, scorer=scorer(40), num_tokens=6)
     with pytest.raises(ScorerError, match=r"hidden_size 40, LlavaForConditionalGeneration has 32"):
         apply_grip(model, selector=get_selector("grip", scorer=scorer(40)), num_tokens=6)
     assert hooks(model) == 0 and not hasattr(model, "grip")

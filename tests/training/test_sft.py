@@ -131,14 +131,14 @@ def test_adapters_and_pruning_come_back(tmp_path, example):
     train(example, tmp_path, grip={"selector": "random", "merge": True})
     base = load_pocket_llava()[0]
     loaded = peft.PeftModel.from_pretrained(base, tmp_path)
-    before, kept = answer_logits(apply_grip(loaded, tmp_path / "grip"))
+    before, kept = answer_logits(apply_grip(loaded, scorer=tmp_path / "grip"))
     assert kept == 16 and base.grip.config.selector == "random"
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert not any("lora" in name for name, _ in merged.named_parameters())
     after, kept = answer_logits(apply_grip(merged))  # its settings lie beside its weights
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
     assert kept == 16
-    untrained, _ = answer_logits(apply_grip(load_pocket_llava()[0], tmp_path / "grip"))
+    untrained, _ = answer_logits(apply_grip(load_pocket_llava()[0], scorer=tmp_path / "grip"))
     assert (untrained - before).abs().max() > 0.1
 
 
@@ -171,5 +171,5 @@ def test_a_quantized_base_trains_on_the_cpu(tmp_path, example):
     assert any(value.any() for name, value in adapters.items() if "lora_B" in name)
     assert (tmp_path / "grip" / "model.safetensors").is_file()
     loaded = peft.PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(WEIGHTS), tmp_path)
-    logits, kept = answer_logits(apply_grip(loaded.float(), tmp_path / "grip"))
+    logits, kept = answer_logits(apply_grip(loaded.float(), scorer=tmp_path / "grip"))
     assert kept == 16 and logits.isfinite().all()

@@ -7,8 +7,8 @@ from classroom import make_scorer, make_store
 from grip_hf.errors import FileError
 from grip_hf.scorer.model import GripScorer, ScorerError
 from grip_hf.training.checkpoints import CheckpointError, last_checkpoint, save_scorer
-from grip_hf.training.pipeline import train
-from grip_hf.training.plan import Plan, keep_plan, read_plan
+from grip_hf.training.pipeline import train_scorer
+from grip_hf.training.plan import TrainingPlan, keep_plan, read_plan
 from grip_hf.training.rewards import closeness
 from grip_hf.training.rollout import BudgetRange
 
@@ -69,7 +69,7 @@ def plan(folder, **changes):
         "warmup_args": {**shared, "per_device_train_batch_size": 2},
         "args": {**shared, "per_device_train_batch_size": 4, "num_generations": 4},
     }  # fmt: skip
-    return Plan(output=folder, **{**settings, **changes})
+    return TrainingPlan(output=folder, **{**settings, **changes})
 
 
 class Stop(Exception):
@@ -90,7 +90,7 @@ def stopped_after(step, stage=3):
 def test_the_same_plan_goes_on_and_another_one_is_refused(tmp_path):
     said, store = [], make_store()
     with pytest.raises(Stop):
-        train(plan(tmp_path), store, [stopped_after(2)], say=said.append)
+        train_scorer(plan(tmp_path), store, [stopped_after(2)], say=said.append)
     assert said == [] and read_plan(tmp_path)["scorer"] == {"width": 16}
     for changes, message in (
         ({"scorer": {"width": 32}}, "scorer.width is 16 there, 32 here"),
@@ -100,14 +100,14 @@ def test_the_same_plan_goes_on_and_another_one_is_refused(tmp_path):
         ({"options": {"rewards": [closeness]}}, "options.rewards is None there, .*closeness"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            train(plan(tmp_path, **changes), store)
+            train_scorer(plan(tmp_path, **changes), store)
     with pytest.raises(CheckpointError, match="questions is 8 there, 6 here"):
-        train(plan(tmp_path), make_store(6))
-    train(plan(tmp_path), store, say=said.append)
+        train_scorer(plan(tmp_path), make_store(6))
+    train_scorer(plan(tmp_path), store, say=said.append)
     assert said == ["warmup: resuming from step 2"]
     weights = (tmp_path / "model.safetensors").read_bytes()
     again = plan(tmp_path, args={**plan(tmp_path).args, "report_to": "none"})  # decides nothing that is learnt
-    train(again, store, say=said.append)
+    train_scorer(again, store, say=said.append)
     assert said[1:] == [f"{tmp_path}: finished, nothing to do"]
     assert (tmp_path / "model.safetensors").read_bytes() == weights
     assert json.loads((tmp_path / "grip_config.json").read_text())["keep_ratio"] == 0.25
@@ -128,16 +128,16 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, stage):
     """No file may grow beyond what the second checkpoint of a stage has room for; then there is room again."""
     store, limits = make_store(), resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(Stop):
-        train(plan(tmp_path), store, [stopped_after(1, 3 if stage == "warmup" else 2)])
+        train_scorer(plan(tmp_path), store, [stopped_after(1, 3 if stage == "warmup" else 2)])
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a scorer's weights are larger
         with pytest.raises(FileError, match=r"checkpoint-2 cannot be written .* checkpoint-1 is kept; make room"):
-            train(plan(tmp_path), store)
+            train_scorer(plan(tmp_path), store)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in (tmp_path / stage).iterdir() if path.is_dir()] == ["checkpoint-1"]
     said = []
-    train(plan(tmp_path), store, say=said.append)
+    train_scorer(plan(tmp_path), store, say=said.append)
     assert said == [f"{stage}: resuming from step 1"]
 
 

@@ -42,6 +42,6 @@ def test_rewards_get_the_rollouts_extras_as_columns():
 
 def test_settings_that_are_relied_on_exist():
     names = set(inspect.signature(GRPOConfig).parameters)
-    from grip_hf.training.grpo import DEFAULTS, FIXED
+    from grip_hf.training.grpo import GRPO_DEFAULTS, GRPO_FIXED
 
-    assert set(DEFAULTS) | set(FIXED) | {"beta", "reward_weights", "max_completion_length"} <= names
+    assert set(GRPO_DEFAULTS) | set(GRPO_FIXED) | {"beta", "reward_weights", "max_completion_length"} <= names

@@ -7,7 +7,7 @@ from classroom import TOKENS, make_scorer, make_store
 from grip_hf.config import ConfigError
 from grip_hf.training.checkpoints import last_checkpoint
 from grip_hf.training.grpo import grpo_config, make_grpo_trainer
-from grip_hf.training.policy import score
+from grip_hf.training.policy import score_groups
 from grip_hf.training.rewards import RewardError
 from grip_hf.training.supervised import training_arguments
 from grip_hf.training.warmup import WarmupTrainer
@@ -35,7 +35,9 @@ def test_grpo_learns_which_token_is_rewarded(store, tmp_path):
 
     def kept():
         with torch.no_grad():
-            return float((torch.isin(score(scorer, batch).topk(3).indices, torch.tensor([2, 3, 4]))).float().mean())
+            return float(
+                (torch.isin(score_groups(scorer, batch).topk(3).indices, torch.tensor([2, 3, 4]))).float().mean()
+            )
 
     before = kept()
     args = config(tmp_path, max_steps=60, learning_rate=1e-2, lr_scheduler_type="constant", entropy_coef=0.0)

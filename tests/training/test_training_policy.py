@@ -3,15 +3,15 @@ import itertools
 import pytest
 import torch
 from classroom import TOKENS, build_vlm, make_scorer, make_store, rows
+from plackett_luce import entropy, log_prob
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from grip_hf.engine.keepsets import entropy, log_prob
 from grip_hf.frozen.data import DatasetExamples
 from grip_hf.frozen.store import SampleStore
 from grip_hf.frozen.vlm import FrozenVLM
-from grip_hf.training.policy import PruningPolicy, keep_set_tokenizer, score
+from grip_hf.training.policy import PruningPolicy, keep_set_tokenizer, score_groups
 
 TEMPERATURE = 0.7
 
@@ -61,7 +61,7 @@ def test_log_probs_and_entropies_equal_brute_force_over_all_lists(store, count):
     lists = torch.tensor(list(itertools.permutations(range(size), count)))
     with torch.no_grad():
         logs, entropies = ask(fused(scorer, few, TOKENS), lists, row=2)
-        scores = score(scorer, few.visual([2], torch.tensor([count])))[0].double() / TEMPERATURE
+        scores = score_groups(scorer, few.visual([2], torch.tensor([count])))[0].double() / TEMPERATURE
     assert scores.std() > 0.05
     for picks, log, ent in zip(lists.tolist(), logs.tolist(), entropies.tolist(), strict=True):
         left = list(range(size))
@@ -86,7 +86,7 @@ def test_the_identity_head_equals_the_direct_formula_with_gradients(store):
     logs, entropies = ask(fused(scorer, store, 20), order, row=1, lengths=lengths)
     ((logs + 0.3 * entropies) * weight).sum().backward()
     batch = store.visual([1] * 4, torch.tensor(lengths))
-    scores = score(other, batch) / TEMPERATURE
+    scores = score_groups(other, batch) / TEMPERATURE
     mine, spread = log_prob(scores, batch.mask, order_padded), entropy(scores, batch.mask, order_padded)
     ((mine + 0.3 * spread) * weight).sum().backward()
     torch.testing.assert_close(logs, mine, atol=1e-5, rtol=0)
@@ -106,7 +106,7 @@ def test_rows_of_different_sizes_in_one_batch(store):
         logs = policy(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True).log_probs
         for row in range(3):
             batch = few.visual([row], torch.tensor([2]))
-            wanted = log_prob(score(scorer, batch) / TEMPERATURE, batch.mask, ids[row : row + 1, 1:])
+            wanted = log_prob(score_groups(scorer, batch) / TEMPERATURE, batch.mask, ids[row : row + 1, 1:])
             torch.testing.assert_close(logs[row : row + 1, -2:], wanted, atol=1e-4, rtol=0)
 
 

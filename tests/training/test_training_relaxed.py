@@ -2,7 +2,7 @@ import pytest
 import torch
 from classroom import TOKENS, make_scorer, make_store
 
-from grip_hf.training.policy import score
+from grip_hf.training.policy import score_groups
 from grip_hf.training.relaxed import RelaxedTrainer, gated_mask, soft_topk, straight_through
 from grip_hf.training.supervised import training_arguments
 
@@ -107,7 +107,7 @@ def test_the_relaxation_learns(tmp_path, store):
     def answers():
         batch = store.visual(list(range(8)), budgets)
         with torch.no_grad():
-            best = score(scorer, batch).topk(3).indices
+            best = score_groups(scorer, batch).topk(3).indices
         return store.judge(
             store.samples(range(8)), list(torch.zeros(8, TOKENS).bool().scatter(1, best, True))
         ).kl.mean()

@@ -5,7 +5,7 @@ import torch
 from classroom import TOKENS, make_scorer, make_store
 
 from grip_hf.config import ConfigError
-from grip_hf.training.policy import PruningPolicy, score
+from grip_hf.training.policy import PruningPolicy, score_groups
 from grip_hf.training.rollout import BudgetRange, make_rollout
 
 GROUP = 4
@@ -72,7 +72,7 @@ def test_the_greedy_member_keeps_the_best_and_is_not_trained_on(store):
     scorer = make_scorer()
     policy = PruningPolicy.around(scorer, store, TOKENS)
     out = make_rollout(store, BudgetRange(0.25, 0.25), greedy=True)(prompts([2] * GROUP), trainer_of(policy))
-    scores = score(scorer, store.visual([2], torch.tensor([4])))[0]
+    scores = score_groups(scorer, store.visual([2], torch.tensor([4])))[0]
     assert out["completion_ids"][0] == scores.argsort(descending=True)[:4].tolist()
     assert out["env_mask"] == [[0] * 4] + [[1] * 4] * 3
 

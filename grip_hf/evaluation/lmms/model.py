@@ -17,9 +17,7 @@ from lmms_eval.protocol import ChatMessages
 from loguru import logger
 from tqdm import tqdm
 
-from ...errors import ConfigError, UnsupportedModelError
-from ...frozen.data import DatasetError
-from ...frozen.sources import SourceError
+from ...errors import ConfigError, DatasetError, SourceError, UnsupportedModelError
 from .settings import generation_arguments, split_arguments
 
 

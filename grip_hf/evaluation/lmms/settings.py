@@ -56,7 +56,7 @@ class Pruning:
 
     def apply(self, model: Any) -> None:
         """Prune a model; see `apply_grip` for what it raises."""
-        apply_grip(model, self.scorer, **self.overrides())
+        apply_grip(model, scorer=self.scorer, **self.overrides())
 
 
 def split_arguments(arguments: Mapping[str, Any]) -> tuple[Pruning, dict[str, Any]]:
