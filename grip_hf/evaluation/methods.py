@@ -61,7 +61,13 @@ class Prompts:
 
     def said(self, inputs: dict[str, Any]) -> Tensor:
         """[B, A] long: what greedy decoding writes from `inputs`, up to the longest answer; -1 behind its end."""
-        written = self.vlm.model.generate(**inputs, max_new_tokens=self.longest, do_sample=False, num_beams=1)
+        written = self.vlm.model.generate(
+            **inputs,
+            max_new_tokens=self.longest,
+            do_sample=False,
+            num_beams=1,
+            suppress_tokens=list(self.vlm.parts.token_ids),  # as in the answers that the model itself gives
+        )
         written = written[:, inputs["input_ids"].shape[1] :]
         return torch.nn.functional.pad(written, (0, self.longest - written.shape[1]), value=-1)
 

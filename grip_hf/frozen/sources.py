@@ -23,6 +23,7 @@ def load_model(
     device_map: str | None = None,
     dtype: str = "auto",
     attention: str | None = None,
+    device: Any = None,
 ) -> tuple[Any, Any]:
     """Load a vision-language model and its processor.
 
@@ -32,6 +33,7 @@ def load_model(
         device_map: As transformers takes it; None keeps the model on one device.
         dtype: Name of a dtype, or "auto" for that of the checkpoint.
         attention: Attention implementation; None leaves the choice to transformers.
+        device: Where the whole model goes, if there is no `device_map`; None leaves it where it is loaded.
 
     Raises:
         SourceError: It cannot be loaded.
@@ -46,9 +48,13 @@ def load_model(
     if attention is not None:
         kwargs["attn_implementation"] = attention
     if quantize is not None:
+        if device is not None:
+            kwargs.setdefault("device_map", {"": device})  # it cannot be moved later
         kwargs["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{quantize}": True})
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, **kwargs)
+        model: Any = AutoModelForImageTextToText.from_pretrained(name, **kwargs)
+        if device is not None and "device_map" not in kwargs:
+            model = model.to(device)
         return model, AutoProcessor.from_pretrained(name)
     except Exception as error:
         raise SourceError(f"cannot load the model {name!r}: {error}") from error
