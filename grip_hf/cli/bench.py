@@ -64,12 +64,12 @@ def bench(
 ) -> None:
     """Measure time to first token, time per further token and cache, beside the unpruned model and a floor."""
     asked = budget_list(budgets)
+    quiet()
     from ..evaluation.latency import run_bench
     from ..evaluation.shapes import SHAPES, get_shape, loaded
     from ..frozen.sources import load_model
     from .loading import find_device
 
-    quiet()
     with failures():
         place = find_device(device)
         if model not in SHAPES and not Path(model).is_dir() and "/" not in model:

@@ -51,6 +51,7 @@ def evaluate(
         pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation
     )
     asked = budget_list(budgets)
+    quiet()
     from accelerate import PartialState
 
     from ..evaluation.facts import versions
@@ -58,7 +59,6 @@ def evaluate(
     from ..evaluation.tasks import choose, is_scorer, pocket_examples
     from ..frozen.sources import TEST_SPLITS, TRAIN_SPLITS
 
-    quiet()
     with failures():
         loaded, processor = choice.load()
         chosen, left_out = choose(loaded, selectors and split_list(selectors), seed, pocket, force)

@@ -12,7 +12,6 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from ..config import GripConfig
 from ..evaluation.facts import versions
 from ..evaluation.memory import peak_memory
 from ..evaluation.runner import evaluate
@@ -22,6 +21,7 @@ from ..frozen.screening import hold_out
 from ..frozen.sources import TRAIN_SPLITS
 from ..frozen.store import SampleStore
 from ..frozen.vlm import FrozenVLM
+from ..hub.share import write_card
 from ..patch import apply_grip, remove_grip
 from ..pocket.examples import PocketExamples
 from ..training.pipeline import train_scorer
@@ -78,23 +78,18 @@ class Job:
         """Train, write the table, and make the folder one that `apply_grip` takes."""
         output = self.plan.output
         vlm, train, held = self.load(output)
-        scorer = train_scorer(self.plan, SampleStore(vlm, train), say=say)
+        train_scorer(self.plan, SampleStore(vlm, train), say=say)
         vlm.close()
-        rows = None if held is None else self.table(vlm, held)
+        if held is not None:
+            self.table(vlm, held)
         if PartialState().is_main_process:
-            facts = describe(read_plan(output) or {})
-            apply_grip(vlm.model, GripConfig(keep_ratio=self.plan.keep_ratio), scorer=scorer)
+            apply_grip(vlm.model, scorer=output)
             try:
-                shown = {} if rows is None else {"results": output / TABLE, "measured": self.measured()}
-                vlm.model.grip.save_pretrained(output, training=facts, **shown)
+                write_card(vlm.model.grip, output)  # it tells what the folder knows
             finally:
                 remove_grip(vlm.model)
 
-    def measured(self) -> str:
-        """Which row of the table is the scorer that the folder ends up with."""
-        return next(reversed(self.plan.stages()), "warmup")
-
-    def table(self, vlm: FrozenVLM, held: Any) -> Any:
+    def table(self, vlm: FrozenVLM, held: Any) -> None:
         """Evaluate each stage's scorer and write the table, unless it is there already."""
         path, state = self.plan.output / TABLE, PartialState()
         known = read_plan(self.plan.output)
@@ -106,7 +101,7 @@ class Job:
         if (there := _read(path)) and {**there["meta"], "metric": None} == {**meta, "metric": None}:
             if state.is_main_process:
                 say(f"the table is in {path}")
-            return there["rows"]
+            return
         stages = [name for name in self.plan.stages() if (self.plan.output / name / "scorer").is_dir()]
         specs = [f"{name}={self.plan.output / name / 'scorer'}" for name in stages]
         pocket = self.choice.dataset is None
@@ -116,18 +111,6 @@ class Job:
         if state.is_main_process:
             show(found)
             write_table(path, found, meta)
-        return found.rows
-
-
-def describe(facts: dict[str, Any]) -> str:
-    """The facts of a run as Markdown for its card."""
-    lines = ["| setting | value |", "|---|---|"]
-    for name, value in facts.items():
-        inside = value.items() if isinstance(value, dict) else [("", value)]
-        for key, one in inside:
-            if one is not None:
-                lines.append(f"| {f'{name}.{key}' if key else name} | `{json.dumps(one)}` |".replace("``", ""))
-    return "By `grip-hf train` with these settings:\n\n" + "\n".join(lines)
 
 
 def _read(path: Path) -> Any:
@@ -181,4 +164,5 @@ def estimate(job: Job) -> None:
         say(f"{name}: {wanted[name]} steps of {each:.2f} s ({mean})")
     if most is not None:
         say(f"at most {most / 2**30:.2f} GiB were taken at once")
-    say(f"about {hours:.1f} hours in all, without the table and without looking pictures up again")
+    told = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    say(f"about {told} in all, without the table and without encoding pictures again that memory cannot hold")

@@ -20,12 +20,8 @@ console = Console()
 if not console.is_terminal:
     console.width = 80  # a file or a log has no width of its own
 # What libraries say of their own future, or of what they have just put right.
-NOISE = (
-    "The tokenizer has new PAD/BOS/EOS",
-    "mtime may not be reliable",
-    "`rollout_func`",
-    "Passing `generation_config`",
-)
+NOISE = ("The tokenizer has new PAD/BOS/EOS", "mtime may not be reliable", "Failed to load CPU gemm_4bit_forward")
+TALKERS = ("transformers.trainer", "transformers.trainer_utils", "bitsandbytes.backends.cpu.ops")
 
 
 def say(text: str) -> None:
@@ -49,12 +45,16 @@ def quiet() -> None:
     """Leave out what nobody can act on: bars outside a terminal, and what libraries say of themselves."""
     from transformers.utils import logging as upstream
 
-    for name in ("transformers.trainer", "transformers.trainer_utils", "transformers.generation.utils"):
+    for name in TALKERS:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(NOISE))
     for kind in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=kind, module=r"(transformers|trl|torch|accelerate|datasets)\b")
     if not sys.stderr.isatty():
         upstream.disable_progress_bar()
+        with contextlib.suppress(ImportError):
+            import datasets
+
+            datasets.disable_progress_bars()
 
 
 def in_folder(file: Path | None) -> Path | None:

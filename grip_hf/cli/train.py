@@ -75,6 +75,7 @@ def train(
     choice = ModelChoice(
         pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation
     )
+    quiet()
     low_high = _numbers(budgets, 2, "--budgets")
     names = split_list(rewards)
     shared: dict[str, Any] = {"report_to": report_to, "use_cpu": device == "cpu"}
@@ -98,7 +99,6 @@ def train(
         from .job import Job, estimate
 
         rows = {"dataset": dataset, "split": split, "held_out": eval_examples} if dataset else {}
-        quiet()
         check_metric(metric)
         plan = TrainingPlan(
             output=output,
