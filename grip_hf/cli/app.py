@@ -11,6 +11,7 @@ from grip_hf.cli.bench import bench
 from grip_hf.cli.eval import evaluate
 from grip_hf.cli.pareto import pareto
 from grip_hf.cli.screen import JsonFile, console, failures, in_folder, say, split_list
+from grip_hf.cli.serve import serve
 from grip_hf.cli.train import train
 from grip_hf.files import write_json, write_whole
 
@@ -31,6 +32,7 @@ def main() -> None:
 app.command("bench")(bench)
 app.command("eval")(evaluate)
 app.command("pareto")(pareto)
+app.command("serve")(serve)
 app.command("train", context_settings=MORE)(train)
 
 
