@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--images", nargs="*", default=[], help="pictures; the pocket model has scenes of its own")
     parser.add_argument("--question", default="What is in this picture?")
     parser.add_argument("--keep-ratio", type=float, nargs="+", default=[0.25], help="one, or one per sample")
-    parser.add_argument("--selector", default="similarity")
+    parser.add_argument("--selector", help="without it, the scorer that comes with the model, or cdpruner")
     parser.add_argument("--samples", type=int, default=8, help="questions about pocket scenes")
     parser.add_argument("--batch-size", type=int, default=4)
     args = parser.parse_args()

@@ -20,7 +20,7 @@ def main():
     )
     parser.add_argument("--image", help="a picture; without it, a held-out scene of the pocket testbed")
     parser.add_argument("--keep-ratio", type=float, default=0.25)
-    parser.add_argument("--selector", default="similarity", help="'grip' needs a scorer; the pocket model brings one")
+    parser.add_argument("--selector", help="without it, the scorer that comes with the model, or cdpruner")
     args = parser.parse_args()
 
     image = Image.open(args.image).convert("RGB") if args.image else make_scene(0).image

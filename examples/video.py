@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--frames", nargs="+", help="or pictures, in order")
     parser.add_argument("--keep-ratio", type=float, default=0.1)
     parser.add_argument("--scope", choices=["sample", "image"], default="sample", help="share the budget over frames")
-    parser.add_argument("--selector", default="similarity")
+    parser.add_argument("--selector", help="without it, the scorer that comes with the model, or cdpruner")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     args = parser.parse_args()
     if (args.video is None) == (args.frames is None):

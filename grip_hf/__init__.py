@@ -7,6 +7,8 @@ the first name that needs transformers, `AutoConfig` and `AutoModel` learn the m
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from . import errors
     from .config import GripConfig
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from .selectors import register
     from .selectors.base import Selector
 
-    __version__: str
 
 _HOMES = {
     "GripConfig": "config",
@@ -43,10 +44,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("grip-hf")
     if name == "errors":
         return import_module(".errors", __name__)
     if name not in _HOMES:

@@ -8,13 +8,13 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
 from numbers import Integral, Real
 from typing import Any, Literal
 
 from packaging.version import InvalidVersion, Version
 
 from .errors import ConfigError, HubError
+from .version import __version__
 
 CONFIG_VERSION = "1.0"
 CONFIG_FILE = "grip_config.json"
@@ -134,7 +134,7 @@ class GripConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dict, and which release of the library wrote it."""
-        return {**dataclasses.asdict(self), LIBRARY: version("grip-hf")}
+        return {**dataclasses.asdict(self), LIBRARY: __version__}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GripConfig:
@@ -213,16 +213,15 @@ def _warn_if_newer(wrote: object) -> None:
     """Warn if a release of the library after this one wrote a config."""
     if wrote is None:
         return
-    mine = version("grip-hf")
     try:
-        newer = Version(str(wrote)) > Version(mine)
+        newer = Version(str(wrote)) > Version(__version__)
     except InvalidVersion:
         warnings.warn(f"{LIBRARY}={wrote!r} of a GRIP config: {wrote!r} is no version", UserWarning, stacklevel=4)
         return
     if newer:
         warnings.warn(
-            f"this GRIP config was written by grip-hf {wrote}, and this is {mine}: what it means may have changed; "
-            "upgrade grip-hf to be sure",
+            f"this GRIP config was written by grip-hf {wrote}, and this is {__version__}: what it means may have "
+            "changed; upgrade grip-hf to be sure",
             UserWarning,
             stacklevel=4,
         )

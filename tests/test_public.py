@@ -13,6 +13,7 @@ from tiny import HIDDEN, build, make_inputs
 from transformers import AutoConfig, AutoModel
 
 import grip_hf
+import grip_hf.training
 from grip_hf import GripConfig, GripScorer, apply_grip, remove_grip
 from grip_hf.errors import ConfigError, ScorerError
 from grip_hf.scorer.model import GripScorerConfig
@@ -161,11 +162,19 @@ def test_importing_waits_for_no_library():
     assert "torch" in run(f"import sys; from grip_hf import apply_grip; print(*{heavy})")
 
 
-def test_every_public_name_is_there_and_no_other(monkeypatch):
-    for name in grip_hf.__all__:
-        assert getattr(grip_hf, name) is not None and name in dir(grip_hf)
+@pytest.mark.parametrize("module", [grip_hf, grip_hf.training], ids=lambda module: module.__name__)
+def test_every_public_name_is_there_and_no_other(module):
+    for name in module.__all__:
+        assert getattr(module, name) is not None and name in dir(module)
+    assert set(module._HOMES) | {"errors", "__version__"} == set(module.__all__) | {"errors", "__version__"}
     with pytest.raises(AttributeError, match="no attribute 'apply_grap'"):
-        grip_hf.apply_grap  # noqa: B018
+        module.apply_grap  # noqa: B018
+
+
+def test_training_brings_trl_with_the_first_name_that_needs_it():
+    code = "import sys; from grip_hf.training import {}; print('trl' in sys.modules)"
+    assert run(code.format("FrozenVLM, SampleStore, closeness")) == ["False"]
+    assert run(code.format("make_grpo_trainer")) == ["True"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The README is checked against the code that it speaks of; tests/test_wheel.py runs its snippets."""
+"""The READMEs are checked against the code that they speak of; tests/test_wheel.py runs their snippets."""
 
 import importlib
 import re
@@ -9,10 +9,12 @@ import pytest
 import typer
 from readme import (
     README,
+    READMES,
     ROOT,
     code_of,
     commands,
     commands_of_examples,
+    everything,
     fenced,
     module_and_arguments,
     parse,
@@ -22,9 +24,12 @@ from trl import GRPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from grip_hf.cli.app import app
 from grip_hf.families.table import FAMILIES
+from grip_hf.hub.resolve import LEARNED, TRAINING_FREE
 from grip_hf.selectors import SELECTORS
 
-TEXT = README.read_text(encoding="utf-8")
+TEXT = everything()
+PAGES = {path.parent.name: path.read_text(encoding="utf-8") for path in READMES}
+OURS = {name: cls for name, cls in SELECTORS.items() if cls.__module__.startswith("grip_hf.")}  # tests register more
 TRAINERS = {"grip_hf.pocket.train": "train", "grip_hf.pocket.report": "report"}  # modules with a typer command
 TRL_CONFIGS = (GRPOConfig, ModelConfig, ScriptArguments, SFTConfig)  # what TrlParser takes besides a script's own
 FOREIGN = ("lmms_eval",)  # other projects' programs: their arguments are theirs to check
@@ -93,18 +98,77 @@ def test_the_snippets_are_python():
         compile(snippet, f"README snippet {number}", "exec")
 
 
-def test_links_into_the_repository_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", TEXT) if "://" not in link]
-    assert links and not [link for link in links if not (ROOT / link).exists()]
+def test_the_first_snippet_runs_as_it_stands_and_prints_what_its_comments_say(capsys):
+    first = fenced("python", README.read_text(encoding="utf-8"))[0]
+    exec(compile(first, "README, first snippet", "exec"), {})
+    told = re.findall(r"^print\(.*\)  # (\S+)", first, re.MULTILINE)
+    assert capsys.readouterr().out.split() == told == ["purple", "16"]
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def anchors(path):
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", READMES, ids=lambda page: page.parent.name)
+def test_links_into_the_repository_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")) if "://" not in link]
+    for link in links:
+        target, _, anchor = link.partition("#")
+        place = page.parent / target if target else page
+        assert place.exists(), link
+        assert not anchor or anchor in anchors(place), link
+    assert links
+
+
+def test_every_page_is_reached_from_the_readme():
+    said = README.read_text(encoding="utf-8")
+    assert not [page for page in READMES[1:] if page.relative_to(ROOT).as_posix() not in said]
 
 
 def test_every_selector_has_its_row():
-    named = {name for line in TEXT.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line)}
-    ours = {name for name, cls in SELECTORS.items() if cls.__module__.startswith("grip_hf.")}  # tests register others
-    assert ours - {"oracle"} <= named, sorted(ours - named)
+    rows = [line for line in PAGES["selectors"].splitlines() if line.startswith("| `")]
+    named = {name for line in rows for name in re.findall(r"`(\w+)`", line)}
+    assert set(OURS) <= named, sorted(set(OURS) - named)
+
+
+def accuracies():
+    """Right answers in % by selector, a number per budget, from the table of the evaluation's page."""
+    table = PAGES["evaluation"].split("| visual tokens kept |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (\w+)(?: \([^|]*\))? \| ([^\n]*) \|$", table, re.MULTILINE)
+    return {name: [float(cell) for cell in cells.split(" | ")] for name, cells in rows}
+
+
+def test_the_default_is_the_best_of_those_that_need_no_training_and_nothing_of_the_tower():
+    """The rule that `apply_grip` states, applied to the figures."""
+    found = accuracies()
+    assert set(found) == set(OURS) - {LEARNED} and all(len(row) == 5 for row in found.values())
+    plain = {name for name, cls in OURS.items() if not cls.needs and not cls.inside and name != LEARNED}
+    assert {"similarity", "diversity", "cdpruner", "grid", "random"} <= plain & set(found)
+    assert max(plain & set(found), key=lambda name: sum(found[name])) == TRAINING_FREE
+
+
+def test_the_figures_of_the_first_table_are_those_of_the_evaluation():
+    evaluation, found = PAGES["evaluation"], accuracies()
+    rows = re.findall(
+        r"^\| \**(\w+)\**,?[^|]*\| ([\d.]+) % \| ([\d.]+) % \|$", README.read_text("utf-8"), re.MULTILINE
+    )
+    assert len(rows) == 5
+    for name, right, time in rows:
+        if name != "grip":
+            assert float(right) == found[name][2]
+        assert re.search(rf"^\| \**{name}\**[^|]*(\| [^|]+){{2}}\| {re.escape(right)}", evaluation, re.MULTILINE)
+        assert re.search(rf"^\| {name} \| [\d.]+ \| [\d.]+ \| {re.escape(time)} ", evaluation, re.MULTILINE)
 
 
 def test_the_supported_models_are_those_of_the_registry():
-    section = TEXT.split("## Supported models")[1].split("\n## ")[0]
-    named = set(re.findall(r"`([a-z]\w+)`", section))
+    section = PAGES["families"].split("<!-- families -->")[1].split("<!-- /families -->")[0]
+    named = set(re.findall(r"^\| `([a-z]\w+)`", section, re.MULTILINE))
     assert named == set(FAMILIES), sorted(named ^ set(FAMILIES))
+    [count] = re.findall(r"Over (\d+) model types", README.read_text(encoding="utf-8"))
+    assert len(FAMILIES) > int(count)

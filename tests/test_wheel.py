@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from loopback_hub import WRITER, LoopbackHub, Repo
-from readme import README, ROOT, commands, fenced
+from readme import READMES, ROOT, commands, fenced
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent / "support"
@@ -81,8 +81,8 @@ print(grip_hf.__file__)
     assert card.data.library_name == "grip_hf" and "25% of the visual tokens" in card.text and "{{" not in card.text
 
 
-def test_every_snippet_of_the_readme_runs(programs, environment, tmp_path):
-    """With the pocket model on a Hub on loopback, under the names that the README uses."""
+def test_every_snippet_of_the_readmes_runs(programs, environment, tmp_path):
+    """With the pocket model on a Hub on loopback, under the names that the READMEs use."""
     from grip_hf.pocket.model import WEIGHTS
 
     work = tmp_path / "work"
@@ -96,7 +96,7 @@ def test_every_snippet_of_the_readme_runs(programs, environment, tmp_path):
             hub.repos[name] = Repo()
             hub.repos[name].put({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
         variables = {**environment, "HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER}
-        call(programs / "python", walk / "walk_readme.py", README, walk / "done.json", cwd=work, env=variables)
+        call(programs / "python", walk / "walk_readme.py", walk / "done.json", *READMES, cwd=work, env=variables)
         uploaded = {name: hub.repos[name].files() for name in (SCORER, PRUNED)}
     done = json.loads((walk / "done.json").read_text())
     ran = {line for what, line in done if what == "ran"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from ..families.table import Parts
 from .checkpoint import CONFIG_FILE, SUBFOLDER, attached_folder, came_from
 from .download import fetch, is_repo_id, read_settings
 
-logger = logging.getLogger(__name__)
 LEARNED = "grip"
 TRAINING_FREE = "cdpruner"  # the rule by which it was chosen is in the docstring of `apply_grip`
 OLD_NAME = "config_or_scorer_or_repo"
@@ -102,7 +100,7 @@ def old_spelling(config: Any, scorer: Any) -> tuple[GripConfig | None, Any]:
     if config is not None and not isinstance(config, GripConfig):
         if isinstance(config, Mapping):
             instead = "apply_grip(model, GripConfig(...))"
-            config, scorer = GripConfig.from_dict(config), scorer
+            config = GripConfig.from_dict(config)
         elif isinstance(config, (str, os.PathLike, nn.Module)) and scorer is None:
             _refuse_name(config)
             instead = "apply_grip(model, scorer=...)"

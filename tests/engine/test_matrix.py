@@ -1,4 +1,4 @@
-"""The README's table of families is that of the tests."""
+"""The table of families in their README is that of the tests."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from tiny import VARIANTS
 
 from grip_hf.families import table as architectures
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(architectures.__file__).with_name("README.md")
 
 
 def test_the_readme_has_the_table_of_the_tests():

@@ -1,4 +1,4 @@
-"""What is verified for which family: tests draw their families from here, and the README's table is made of it.
+"""What is verified for which family: tests draw their families from here, and so does `families/README.md` its table.
 
 A check runs for every family. Where a family lacks what is checked, a limit says so, and its cell asserts that limit:
 in `UPSTREAM` ones the unpatched model fails too, in `REFUSED` ones an error is raised.
@@ -95,7 +95,7 @@ def limits(check):
 
 
 def table():
-    """The README's table as Markdown, with its notes."""
+    """The table of families as Markdown, with its notes."""
     notes = list(dict.fromkeys(limits(check)[name] for name in FAMILIES for check in COLUMNS if name in limits(check)))
     lines = [
         "| family | pictures | video | attention | " + " | ".join(COLUMNS) + " |",

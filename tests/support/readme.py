@@ -1,4 +1,4 @@
-"""What the README and the examples tell people to type: Python snippets, and every command line."""
+"""What the READMEs and the examples tell people to type: Python snippets, and every command line."""
 
 import ast
 import re
@@ -9,20 +9,26 @@ import typer
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+READMES = [README, *sorted(ROOT.glob("grip_hf/*/README.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 PROGRAMS = ("grip-hf", "python", "torchrun", "accelerate", "pip", "pytest")
 
 
+def everything():
+    """The text of all READMEs."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in READMES)
+
+
 def fenced(language, text=None):
-    """The blocks of one language, in order."""
-    text = README.read_text(encoding="utf-8") if text is None else text
+    """The blocks of one language, in order; of all READMEs if no text is given."""
+    text = everything() if text is None else text
     return [body for found, body in FENCED.findall(text) if found == language]
 
 
 def commands(text=None):
     """Every command line as a list of words: those of bash blocks, and those within sentences that have options."""
-    text = README.read_text(encoding="utf-8") if text is None else text
+    text = everything() if text is None else text
     lines = [line for body in fenced("bash", text) for line in body.replace("\\\n", " ").splitlines()]
     spans = [" ".join(span.split()) for span in INLINE.findall(FENCED.sub("", text))]
     lines += [span for span in spans if span.startswith(PROGRAMS) and " -" in span]

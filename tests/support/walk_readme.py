@@ -1,8 +1,8 @@
-"""Walks through the README as a newcomer types it, in one session and one folder; tests/test_wheel.py has it run.
+"""Walks through the READMEs as a newcomer types it, in one session and one folder; tests/test_wheel.py has it run.
 
-python walk_readme.py README.md done.json, with the Hub that HF_ENDPOINT names. Python snippets run unchanged. Commands
-run with the sizes of REDUCED put after their own arguments. What needs a GPU is left to tests/test_readme.py, which
-has it parsed. What was done with each is written to done.json.
+python walk_readme.py done.json README.md ..., with the Hub that HF_ENDPOINT names. Python snippets run unchanged.
+Commands run with the sizes of REDUCED put after their own arguments. What needs a GPU is left to tests/test_readme.py,
+which has it parsed. What was done with each is written to done.json.
 """
 
 import json
@@ -59,27 +59,28 @@ def why_not(words, program, name):
 
 
 def prepare():
-    """What the snippets speak of without making it: `inputs`, two questions as a batch; and a dataset of one's own."""
+    """What the snippets speak of without making it: `two_samples`, a batch; and a dataset of one's own."""
     scenes = [make_scene(0), make_scene(1)]
     texts = [f"<image>{scene.questions[0].text}" for scene in scenes]
     processor = AutoProcessor.from_pretrained(MODEL)
-    inputs = processor(images=[scene.image for scene in scenes], text=texts, padding=True, return_tensors="pt")
+    two_samples = processor(images=[scene.image for scene in scenes], text=texts, padding=True, return_tensors="pt")
     rows = [{"image": s.image, "prompt": q.text, "answer": q.answer} for s in scenes for q in s.questions]
     Dataset.from_list(rows[:18]).save_to_disk(DATASET)
-    return {"inputs": inputs, "processor": processor}
+    return {"two_samples": two_samples}
 
 
 def main():
-    text = Path(sys.argv[1]).read_text(encoding="utf-8")
     session, done = prepare(), []
-    for number, (language, body) in enumerate(FENCED.findall(text)):
-        if language == "python":
-            exec(compile(body, f"README block {number}", "exec"), session)
-            done.append(("ran", body))
-        elif language == "bash":
-            done += map(run, commands(f"```bash\n{body}```\n"))
-    done += map(run, commands(FENCED.sub("", text)))
-    Path(sys.argv[2]).write_text(json.dumps(done))
+    for readme in sys.argv[2:]:
+        text = Path(readme).read_text(encoding="utf-8")
+        for number, (language, body) in enumerate(FENCED.findall(text)):
+            if language == "python":
+                exec(compile(body, f"{readme}, block {number}", "exec"), session)
+                done.append(("ran", body))
+            elif language == "bash":
+                done += map(run, commands(f"```bash\n{body}```\n"))
+        done += map(run, commands(FENCED.sub("", text)))
+    Path(sys.argv[1]).write_text(json.dumps(done))
 
 
 if __name__ == "__main__":
