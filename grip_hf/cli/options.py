@@ -1,5 +1,6 @@
 """Options that mean the same in every command, each declared once."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ OLD_NAMES = {
     "save-every": "save-steps",
     "num-tokens": "budgets",
     "attention": "attn-implementation",
+    "samples": "examples",
 }
 
 
@@ -23,6 +25,17 @@ def normal(name: str) -> str:
     """The name of an option as it is declared: with dashes, and in its present spelling."""
     name = name.replace("_", "-")
     return OLD_NAMES.get(name, name)
+
+
+def words(arguments: list[str] | None = None) -> list[str]:
+    """The arguments of a program, with the names of its options as `normal` gives them: for argparse."""
+    found = sys.argv[1:] if arguments is None else arguments
+    return [_renamed(one) if one.startswith("--") else one for one in found]
+
+
+def _renamed(word: str) -> str:
+    name, mark, value = word[2:].partition("=")
+    return f"--{normal(name)}{mark}{value}"
 
 
 Pocket = Annotated[bool, typer.Option("--pocket", help="The pocket model and its scenes.")]

@@ -83,17 +83,9 @@ def numbers(text: str, kind: type = float, wanted: str = "numbers") -> list[Any]
 
 def budget_list(text: str) -> list[float | int]:
     """Budgets separated by commas: keep ratios such as 0.25 or 25%, or whole numbers > 1 of visual tokens."""
+    from ..evaluation.budgets import parse_budget
+
     try:
-        return [_budget(part) for part in split_list(text)]
-    except (ValueError, ConfigError) as error:
-        reason = f": {error}" if isinstance(error, ConfigError) else ""
-        raise typer.BadParameter(
-            f"expected keep ratios or numbers of tokens, separated by commas, got {text!r}{reason}"
-        ) from None
-
-
-def _budget(text: str) -> float | int:
-    from ..evaluation.budgets import check_budget
-
-    number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    return check_budget(int(text) if text.isdigit() else number)
+        return [parse_budget(part) for part in split_list(text)]
+    except ConfigError as error:
+        raise typer.BadParameter(f"expected keep ratios or numbers of tokens, separated by commas: {error}") from None
