@@ -31,7 +31,7 @@ from .report import show, write_table
 from .screen import say
 
 TABLE = "eval_table.json"
-ROWS, BAD_ROWS = "rows.json", "bad_rows.json"
+ROWS, BAD_ROWS = "rows.npz", "bad_rows.json"
 BUDGETS = (0.5, 0.25, 0.11, 0.05, 0.03)
 TRIAL_STEPS = 4  # the first is not timed
 

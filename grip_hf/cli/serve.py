@@ -60,7 +60,7 @@ def serve(
                     apply_grip(found, **settings)
                 return found, processor
 
-            manager.load_model_and_processor = load  # of this object, not of its class
+            manager.load_model_and_processor = load  # type: ignore[method-assign]  # of this object, not its class
             found, _ = load(manager.process_model_name(str(manager.force_model)))
             say(f'{found.grip}\nhttp://{host}:{port}/v1/chat/completions, model "{manager.force_model}"')
             self.server.run()

@@ -75,16 +75,16 @@ class DatasetExamples:
 
     def _places(self) -> np.ndarray[Any, Any]:
         """Where the questions are; only conversations are read for it, and of them the texts alone."""
-        rows = np.arange(len(self.dataset))
+        turns = np.ones(len(self.dataset), dtype=np.int64)
         if not self.format.chat:
-            return np.stack([rows, np.zeros_like(rows)], 1)
+            return _numbered(turns)
         column = self.format.question
         texts = self.dataset.select_columns(column) if hasattr(self.dataset, "select_columns") else self.dataset
-        texts, turns = _stored(texts), np.ones_like(rows)
-        for row in rows.tolist():
+        texts = _stored(texts)
+        for row in range(len(turns)):
             with contextlib.suppress(DatasetError):  # named when the row is read
                 turns[row] = self.format.turns(texts(row))
-        return np.array([(row, turn) for row in rows.tolist() for turn in range(turns[row])])
+        return _numbered(turns)
 
     def subset(self, questions: Sequence[int] | np.ndarray[Any, Any]) -> DatasetExamples:
         """Some of the questions, by number."""
@@ -125,6 +125,12 @@ class DatasetExamples:
             raise DatasetError(f"row {int(self.places[place][0])}: {error}") from error
         columns = {name: data[name] for name in self.format.unused if name in data}
         return Example(messages, next(iter(asked.answers), None), columns, asked.answers)
+
+
+def _numbered(turns: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """[questions, 2] row and turn, from the number of turns of each row."""
+    rows = np.repeat(np.arange(len(turns)), turns)
+    return np.stack([rows, np.arange(len(rows)) - np.repeat(turns.cumsum() - turns, turns)], 1)
 
 
 def with_pictures(messages: list[dict[str, Any]], pictures: list[Picture], root: Path | None) -> list[dict[str, Any]]:

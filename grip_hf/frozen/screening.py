@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
-from collections.abc import Iterator
+from array import array
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..errors import DatasetError
-from ..files import write_json
+from ..files import write_whole
 from .data import DatasetExamples
 from .pictures import digest
 
 STOP, SKIP = "stop", "skip"
 CHUNK = 512  # questions handed out at once: a million futures would fill memory
 SHOWN = 5
-logger = logging.getLogger(__name__)
+# Per question its number of pictures, 0 if it is bad; the numbers of all pictures; and what is wrong with which.
+Found = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], dict[int, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +33,13 @@ class Screened:
 
     Attributes:
         examples: The good ones.
-        pictures: For each of them the numbers of its pictures; equal pictures have equal numbers.
+        groups: [questions] int, for each of them the number of its group: two that share a picture, also by way of
+            others, have the same.
         bad: Number of each bad row in the dataset, and what is wrong with it.
     """
 
     examples: DatasetExamples
-    pictures: list[tuple[int, ...]]
+    groups: np.ndarray[Any, Any]
     bad: dict[int, str]
 
 
@@ -64,31 +67,36 @@ def screen(
     key = _key(examples)
     found = _remembered(cache, key)
     if found is None:
-        workers = workers or len(os.sched_getaffinity(0))
-        found = list(_read_all(examples, workers, progress))
+        found = _read_all(examples, workers or len(os.sched_getaffinity(0)), progress)
         if cache is not None and key is not None:
-            write_json(cache, {"dataset": key, "found": found}, indent=0)
-    bad = {int(examples.places[place][0]): one for place, one in enumerate(found) if isinstance(one, str)}
-    good = [place for place, one in enumerate(found) if not isinstance(one, str)]
-    if bad and (on_bad_row == STOP or not good):
+            write_whole(cache, partial(_remember, key=key, found=found))
+    counts, numbers, wrong = found
+    bad = {int(examples.places[place][0]): one for place, one in wrong.items()}
+    good = np.flatnonzero(counts)
+    if bad and (on_bad_row == STOP or not len(good)):
         shown = "; ".join(bad[row] for row in list(bad)[:SHOWN])
         more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise DatasetError(
             f"{len(bad)} of {len(examples.dataset)} rows cannot be used: {shown}{more}. Mend them, or leave them out "
             f"with --on-bad-row {SKIP}"
         )
-    return Screened(examples.subset(good), [tuple(found[place]) for place in good], bad)
+    return Screened(examples.subset(good), _groups(counts[good], numbers), bad)
 
 
-def _read_all(examples: DatasetExamples, workers: int, progress: bool) -> Iterator[Any]:
-    """For each question the numbers of its pictures, or what is wrong with it."""
+def _read_all(examples: DatasetExamples, workers: int, progress: bool) -> Found:
+    """Read every question; kept in arrays, since a million lists would fill memory."""
+    counts, numbers, wrong = array("I"), array("Q"), dict[int, str]()
     bar = tqdm(total=len(examples), desc="checking rows", disable=None if progress else True)
     with bar, ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(examples), CHUNK):
             places = range(start, min(start + CHUNK, len(examples)))
-            for one in pool.map(lambda place: _read(examples, place), places):
+            for place, one in zip(places, pool.map(partial(_read, examples), places), strict=True):
                 bar.update()
-                yield one
+                if isinstance(one, str):
+                    wrong[place] = one
+                counts.append(0 if isinstance(one, str) else len(one))
+                numbers.extend([] if isinstance(one, str) else one)
+    return np.array(counts), np.array(numbers), wrong
 
 
 def _read(examples: DatasetExamples, place: int) -> list[int] | str:
@@ -109,13 +117,20 @@ def _key(examples: DatasetExamples) -> str | None:
     return None if mark is None else f"{mark}/{places}/{examples.format}"
 
 
-def _remembered(cache: Path | None, key: str | None) -> list[Any] | None:
+def _remember(path: Path, key: str, found: Found) -> None:
+    counts, numbers, wrong = found
+    with path.open("wb") as file:
+        np.savez_compressed(file, key=key, counts=counts, numbers=numbers, wrong=json.dumps(wrong))
+
+
+def _remembered(cache: Path | None, key: str | None) -> Found | None:
     if cache is None or key is None or not cache.is_file():
         return None
     try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-        return known["found"] if known["dataset"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+        with np.load(cache, allow_pickle=False) as known:
+            wrong = {int(place): one for place, one in json.loads(str(known["wrong"])).items()}
+            return (known["counts"], known["numbers"], wrong) if str(known["key"]) == key else None
+    except (OSError, ValueError, KeyError, BadZipFile):
         return None
 
 
@@ -134,7 +149,7 @@ def hold_out(screened: Screened, count: int, seed: int = 0) -> tuple[DatasetExam
         DatasetError: There are too few.
     """
     total = len(screened.examples)
-    group = _groups(screened.pictures)
+    group = screened.groups
     order = np.random.default_rng(seed).permutation(group.max() + 1)
     sizes = np.bincount(group)[order]
     needed = int(np.searchsorted(np.cumsum(sizes), count)) + 1
@@ -149,19 +164,13 @@ def hold_out(screened: Screened, count: int, seed: int = 0) -> tuple[DatasetExam
     return screened.examples.subset(train), screened.examples.subset(np.sort(held))
 
 
-def _groups(pictures: list[tuple[int, ...]]) -> np.ndarray[Any, Any]:
-    """[questions] the number of a group: those that share a picture, also by way of others, have the same."""
-    parent: dict[int, int] = {}
+def _groups(counts: np.ndarray[Any, Any], numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """[questions] the groups of questions with these counts of pictures, whose numbers follow each other."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def root(one: int) -> int:
-        parent.setdefault(one, one)
-        while parent[one] != one:
-            parent[one] = parent[parent[one]]
-            one = parent[one]
-        return one
-
-    for first, *others in pictures:
-        for other in others:
-            parent[root(other)] = root(first)
-    numbers: dict[int, int] = {}
-    return np.array([numbers.setdefault(root(one[0]), len(numbers)) for one in pictures])
+    _, picture = np.unique(numbers, return_inverse=True)
+    question, size = np.repeat(np.arange(len(counts)), counts), len(counts) + picture.max(initial=-1) + 1
+    edges = coo_array((np.ones(len(question), dtype=bool), (question, len(counts) + picture)), shape=(size, size))
+    _, label = connected_components(edges, directed=False)
+    return np.unique(label[: len(counts)], return_inverse=True)[1]

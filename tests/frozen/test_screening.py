@@ -31,20 +31,23 @@ def test_bad_rows_are_named_before_the_first_step(tmp_path):
     with pytest.raises(DatasetError, match=r"2 of 60 rows cannot be used: row 50: a picture does not decode.*row 55"):
         screen(examples, progress=False)
     found = screen(examples, "skip", progress=False)
-    assert list(found.bad) == [50, 55] and len(found.examples) == len(found.pictures) == 58
+    assert list(found.bad) == [50, 55] and len(found.examples) == len(found.groups) == 58
     assert found.examples.places[50, 0] == 51
+    # Two questions to a picture, in a row; rows 51 and 54 are alone.
+    whole = [row // 2 for row in found.examples.places[:, 0].tolist()]
+    assert len(set(zip(whole, found.groups.tolist(), strict=True))) == len(set(whole)) == len(set(found.groups)) == 30
     with pytest.raises(DatasetError, match="on_bad_row must be 'stop' or 'skip', got 'hide'"):
         screen(examples, "hide")
 
 
 def test_a_dataset_is_read_once(tmp_path, monkeypatch):
     examples = load_rows(write(tmp_path / "data"))
-    fresh = screen(examples, "skip", tmp_path / "rows.json", progress=False)
+    fresh = screen(examples, "skip", tmp_path / "rows.npz", progress=False)
     monkeypatch.setattr(screening, "_read", lambda *_: pytest.fail("it was read again"))
-    again = screen(examples, "skip", tmp_path / "rows.json", progress=False)
-    assert again.bad == fresh.bad and again.pictures == fresh.pictures
+    again = screen(examples, "skip", tmp_path / "rows.npz", progress=False)
+    assert again.bad == fresh.bad and np.array_equal(again.groups, fresh.groups)
     with pytest.raises(pytest.fail.Exception):
-        screen(examples.subset(range(3)), "skip", tmp_path / "rows.json", progress=False)
+        screen(examples.subset(range(3)), "skip", tmp_path / "rows.npz", progress=False)
 
 
 def test_all_rows_bad_cannot_be_skipped(tmp_path):
