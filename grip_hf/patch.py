@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, nn
 
 from .config import GripConfig
-from .engine import taps
 from .engine.budgets import Budget, current, override
-from .engine.cache import CacheState, state_of
+from .engine.cache import returned, state_of
 from .engine.choice import Score
+from .engine.context import last_of
 from .engine.hooks import Boundary
-from .engine.upstream import returned_cache
+from .engine.last import LastCall
+from .engine.layers import check_layers
+from .engine.question import told
+from .engine.upstream import check_language_model
 from .errors import CacheError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
 from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
@@ -26,7 +29,7 @@ from .hub.resolve import describe_base, resolve
 if TYPE_CHECKING:
     from .scorer.model import GripScorer
 
-__all__ = ["GripHandle", "apply_grip", "remove_grip", "taps"]
+__all__ = ["GripHandle", "apply_grip", "remove_grip"]
 M = TypeVar("M", bound=nn.Module)
 logger = logging.getLogger(__name__)
 
@@ -49,8 +52,7 @@ class GripHandle:
         self.scorer = scorer
         self._parts = parts
         compact = config.position_ids == "compact"
-        self._boundary = Boundary(parts, selector, config.scope == "image", compact, self._budget)
-        self._hooks: list[Any] = []
+        self._boundary = Boundary(parts, selector, config.scope == "image", compact, self._budget, key=self)
         self._saver = SaveWithGrip(self)
 
     def __repr__(self) -> str:
@@ -73,6 +75,25 @@ class GripHandle:
             ConfigError: Not exactly one budget is given, or it is not allowed.
         """
         return override(self, Budget.checked(keep_ratio, num_tokens))
+
+    def prompt(self, prompt: Tensor | Sequence[int]) -> AbstractContextManager[None]:
+        """Say which tokens are the prompt within a `with` block, in this thread only: what is kept hangs on it alone.
+
+        Labels say so by themselves; this is for losses that are computed elsewhere.
+
+        Args:
+            prompt: [B, L] of bools or integers, true at the prompt's tokens (pictures may be either); or, per row, the
+                number of tokens from the first one on, padding not counted.
+
+        Raises:
+            ConfigError: It is neither; or, in the call, it has another shape than the call.
+        """
+        return told(self, prompt)
+
+    @property
+    def last(self) -> LastCall | None:
+        """What the last call with pictures in this thread kept; None before the first one."""
+        return last_of(self._boundary)
 
     def disabled(self) -> AbstractContextManager[None]:
         """Keep all visual tokens within a `with` block, in this thread only."""
@@ -144,9 +165,7 @@ class GripHandle:
 
     def remove(self) -> None:
         """Remove the patch; the model is exactly as before. Doing so twice is harmless."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._boundary.remove()
         self._saver.remove()
         if self._parts.owner.__dict__.get("grip") is self:
             del self._parts.owner.grip
@@ -206,10 +225,14 @@ def apply_grip(
             "axes; use position_ids='original'"
         )
     chosen = selector if callable(selector) else _named_selector(settings, asked.scorer)
+    check_language_model(parts.language_model)
+    if getattr(chosen, "inside", False):
+        check_layers(parts.language_model, chosen)  # type: ignore[arg-type]
     handle = GripHandle(parts, settings, chosen, asked.scorer)
     hooks = list(_prepare(chosen, parts))
+    # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.
     remove_grip(parts.owner)
-    handle._hooks = [*hooks, *handle._boundary.attach()]
+    handle._boundary.attach(hooks)
     handle._saver.attach()
     if asked.note:
         handle.note = asked.note
@@ -230,8 +253,8 @@ def kept_tokens(cache_or_output: Any) -> list[Tensor]:
     """See `GripHandle.kept_tokens`."""
     cache = cache_or_output
     if not hasattr(cache, "get_seq_length"):
-        cache = returned_cache(cache) if isinstance(cache, Mapping) else None
-    state: CacheState | None = state_of(cache)
+        cache = returned(cache) if isinstance(cache, Mapping) else None
+    state = state_of(cache)
     if state is None:
         raise CacheError(
             f"no kept tokens in {type(cache_or_output).__name__}: give the KV cache of a call with visual tokens, or "

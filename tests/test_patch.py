@@ -14,8 +14,8 @@ from tiny import HIDDEN, IMAGE, IMAGE_ID, build, make_inputs, select_by_content
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from grip_hf import GripConfig, GripScorer, apply_grip, remove_grip
+from grip_hf.engine.context import publish
 from grip_hf.errors import CacheError, ConfigError, GripError, NonFiniteScoreError, ScorerError, UnsupportedModelError
-from grip_hf.patch import taps
 from grip_hf.scorer.model import GripScorerConfig
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -387,10 +387,10 @@ def test_taps_reach_the_selector_also_through_generate(model):
 
     class Tapper:
         def prepare(self, model):
-            def publish(module, args, output):
-                taps.publish("first", output.flatten(0, 1)[..., 0])
+            def tap(module, args, output):
+                publish("first", output, lambda: output.flatten(0, 1)[..., 0])
 
-            return [model.model.multi_modal_projector.register_forward_hook(publish)]
+            return [model.model.multi_modal_projector.register_forward_hook(tap)]
 
         def __call__(self, batch):
             seen.append(batch)
@@ -403,7 +403,6 @@ def test_taps_reach_the_selector_also_through_generate(model):
     assert len(seen) == 4
     for batch in seen:
         assert torch.equal(batch.taps["first"], batch.tokens[..., 0])
-    assert taps.collect() == {}
     hooks = model.model.multi_modal_projector._forward_hooks
     assert len(hooks) == 1
     remove_grip(model)

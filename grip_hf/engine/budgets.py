@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -34,24 +34,37 @@ class Budget:
             return cls(keep_ratio=_each(keep_ratio, check_keep_ratio, "keep_ratio"))
         return cls(num_tokens=_each(num_tokens, check_num_tokens, "num_tokens"))
 
-    def counts(self, totals: list[int], rows: list[int], batch: int) -> list[int]:
-        """Tokens to keep per group, given each group's number of tokens and its row in a batch of `batch` samples.
+    def counts(self, totals: list[int], rows: list[int], batch: int, repeated: Callable[[int], bool]) -> list[int]:
+        """Tokens to keep per group.
 
-        A batch that `generate` repeated for beams keeps the per-sample budgets of its original samples.
+        Args:
+            totals: Visual tokens of each group.
+            rows: The row of each group in the batch.
+            batch: Number of rows.
+            repeated: Whether each sample of the batch stands so many times in a row, as `generate` repeats them for
+                beams; these keep the per-sample budgets of the original samples.
+
+        Raises:
+            ConfigError: Budgets per sample are not as many as the samples.
         """
         if self.everything:
             return totals
-        ratios = self._per_row(self.keep_ratio, "keep_ratio", batch)
-        numbers = self._per_row(self.num_tokens, "num_tokens", batch)
+        ratios = self._per_row(self.keep_ratio, "keep_ratio", batch, repeated)
+        numbers = self._per_row(self.num_tokens, "num_tokens", batch, repeated)
         return [count_kept(total, ratios[row], numbers[row]) for total, row in zip(totals, rows, strict=True)]
 
-    def _per_row(self, value: Any, name: str, batch: int) -> list[Any]:
+    def _per_row(self, value: Any, name: str, batch: int, repeated: Callable[[int], bool]) -> list[Any]:
         if not isinstance(value, tuple):
             return [value] * batch
-        if batch % len(value):
-            raise ConfigError(f"{name} has {len(value)} values for a batch of {batch} samples; give one per sample")
         repeats = batch // len(value)
+        if batch % len(value) or (repeats > 1 and not repeated(repeats)):
+            raise ConfigError(f"{name} has {len(value)} values for a batch of {batch} samples; give one per sample")
         return [one for one in value for _ in range(repeats)]
+
+    @property
+    def most(self) -> int | None:
+        """The largest number of tokens wanted, if the budget is a number."""
+        return max(self.num_tokens) if isinstance(self.num_tokens, tuple) else self.num_tokens
 
 
 def _each(value: Any, check: Any, name: str) -> Any:

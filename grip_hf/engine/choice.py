@@ -1,18 +1,26 @@
-"""Ask a selector which visual tokens of one call stay."""
+"""Ask the selector which visual tokens of one call stay."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import GripError
-from ..families.layouts import Layout, Scene
-from .budgets import Budget
-from .grouping import group_tokens, spread_taps
+from ..families.layouts import Scene
+from . import upstream
+from .call import Call
+from .context import CallContext, attached_taps
+from .grouping import Groups, group_tokens, spread_taps
 from .keepsets import VisualBatch, topk_mask
+from .question import Question, read_question
+
+if TYPE_CHECKING:
+    from .budgets import Budget
 
 Score = Callable[[VisualBatch], Tensor | None]
 
@@ -22,84 +30,151 @@ class Choice:
     """What a selector made of one call.
 
     Attributes:
+        groups: The visual tokens, by sample or image, and by turn.
+        batch: What the selector saw of them.
+        scores: [G, N] float32, or None if it drops tokens between layers.
         keep: [B, L] bool, the visual tokens that stay.
-        embeds: [B, L, D] what stands in place of the kept tokens, or None if they stay as they are.
+        embeds: [B, L, D] what enters the language model, if kept tokens were merged with others; else None.
+        text: [B, L] bool, the prompt's text.
+        milliseconds: What the selector took; on a GPU, until it had been asked, not until it was done.
     """
 
+    groups: Groups
+    batch: VisualBatch
+    scores: Tensor | None
     keep: Tensor
-    embeds: Tensor | None = None
+    embeds: Tensor | None
+    text: Tensor
+    milliseconds: float
 
 
 @torch.no_grad()
-def choose(
-    selector: Score,
-    budget: Budget,
-    per_image: bool,
-    layout: Layout,
-    scene: Scene,
-    text: Tensor,
-    taps: dict[str, Tensor],
-) -> Choice | None:
-    """Choose the visual tokens that stay.
-
-    Args:
-        selector: gives the scores; if it has a method `merge`, that gives new embeddings of the kept tokens.
-        budget: how many stay.
-        per_image: True if each image has its own budget, False if the images of a sample share it.
-        layout: the family's map from a call to images and positions.
-        scene: the call.
-        text: [B, L] bool, the tokens that make up the question.
-        taps: extra rows per visual token.
-
-    Returns:
-        The choice, or None if all visual tokens stay.
+def choose(context: CallContext, call: Call) -> Choice | None:
+    """Choose the visual tokens of a call that stay, or None if all do.
 
     Raises:
-        GripError: The selector's scores have another shape or type than [groups, tokens] of floats.
+        GripError: The selector's scores have another shape or type than [groups, tokens] of floats, or what it needs
+            of the vision tower is not known of these pictures.
         NonFiniteScoreError: A score is NaN or infinite.
     """
-    visual = scene.visual
-    image, positions = layout(scene)
-    groups = group_tokens(visual, image if per_image else None)
-    totals, rows = groups.mask.sum(1).tolist(), groups.row.tolist()
-    wanted = budget.counts(totals, rows, len(visual))
-    if wanted == totals:
+    boundary = context.boundary
+    budget = boundary.budget()
+    if budget.everything or budget.keep_ratio == 1:
         return None
-    budgets = torch.tensor(wanted, device=visual.device)
-    text_groups = group_tokens(text, None)
-    texts = text_groups.pick(scene.embeds), text_groups.place, text_groups.mask
-    words, word_index, word_mask = _per_row(*texts, text_groups.row, groups.row)
-    batch = VisualBatch(
-        tokens=groups.pick(scene.embeds),
-        mask=groups.mask,
-        text=words,
-        text_mask=word_mask,
-        budgets=budgets,
-        positions=groups.pick(positions),
-        image_index=groups.pick(image),
-        taps={name: groups.pick(spread_taps(tap, visual, name)) for name, tap in taps.items()},
-        text_index=word_index,
-    )
+    _refuse_split_picture(call)
+    question = read_question(context, call.visual, call.real, first=call.past_logical == 0)
+    arguments = context.arguments or {}
+    base, family = boundary.parts.base, boundary.parts.family
+    scene = Scene(call.visual, arguments.get("input_ids"), call.embeds, call.positions, base, family.tile(base.config))
+    image, positions = family.layout(scene)
+    groups = group_tokens(call.visual, _group_key(question, image if boundary.per_image else None))
+    wanted = _counts(budget, groups, call)
+    if wanted is None:
+        if budget.most is not None:
+            boundary.warn_once(
+                f"num_tokens={budget.most} keeps all visual tokens: the largest picture or sample has "
+                f"{int(groups.mask.sum(1).max())}"
+            )
+        return None
+    batch = _visual_batch(groups, wanted, question, call, image, positions, _taps(context))
+    return _ask(boundary.selector, groups, batch, question, call)
+
+
+def _ask(selector: Score, groups: Groups, batch: VisualBatch, question: Question, call: Call) -> Choice:
+    start = time.perf_counter()
     scores = selector(batch)
+    milliseconds = 1000 * (time.perf_counter() - start)
     if scores is None and getattr(selector, "inside", False):
-        return None  # the selector drops tokens elsewhere
+        return Choice(groups, batch, None, call.visual, None, question.text, milliseconds)  # it drops between layers
     if not isinstance(scores, Tensor) or scores.shape != groups.mask.shape or not scores.is_floating_point():
         got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise GripError(f"the selector must return float scores of shape {tuple(groups.mask.shape)}, got {got}")
-    keep = topk_mask(scores.float(), groups.mask, budgets)
+    scores = scores.float()
+    keep = topk_mask(scores, groups.mask, batch.budgets)
     merge = getattr(selector, "merge", None)
-    embeds = None if merge is None else groups.place_values(merge(batch, keep), scene.embeds)
-    return Choice(groups.scatter(keep, visual), embeds)
+    embeds = None if merge is None else groups.place_values(merge(batch, keep), call.embeds, keep)
+    return Choice(groups, batch, scores, groups.scatter(keep, call.visual), embeds, question.text, milliseconds)
 
 
-def _per_row(
-    values: Tensor, place: Tensor, mask: Tensor, rows: Tensor, wanted: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Text of the sample of each group: `values` [R, T, D], `place` and `mask` [R, T] are those of `rows` [R]."""
-    match = wanted[:, None] == rows[None]
-    if not match.numel():  # no sample has text
-        none = mask.new_zeros(len(wanted), 0)
-        return values.new_zeros(len(wanted), 0, values.shape[-1]), none.long(), none
-    own = match.byte().argmax(1)
-    found = match.any(1)
-    return values[own] * found[:, None, None], place[own] * found[:, None], mask[own] & found[:, None]
+def _group_key(question: Question, image: Tensor | None) -> Tensor:
+    """[B, L] long: what tells the groups of a row apart: the turn, and the image if each has its own budget."""
+    return question.turn if image is None else question.turn * (image.max() + 1) + image
+
+
+def _counts(budget: Budget, groups: Groups, call: Call) -> Tensor | None:
+    """[G] long: tokens to keep per group, or None if all stay."""
+
+    def repeated(times: int) -> bool:
+        rows = call.embeds[::times].repeat_interleave(times, 0)
+        return torch.equal(rows, call.embeds)
+
+    totals = groups.mask.sum(1).tolist()
+    counts = budget.counts(totals, groups.row.tolist(), len(call.visual), repeated)
+    return None if counts == totals else torch.tensor(counts, device=call.visual.device)
+
+
+def _visual_batch(
+    groups: Groups,
+    budgets: Tensor,
+    question: Question,
+    call: Call,
+    image: Tensor,
+    positions: Tensor,
+    taps: dict[str, Tensor],
+) -> VisualBatch:
+    texts = group_tokens(question.text, question.turn)
+    own, mine = groups.key(question.turn), texts.key(question.turn)
+    match = own[:, None] == mine[None]
+    if match.numel():
+        first = match.byte().argmax(1)
+        mask = texts.mask[first] & match.any(1, keepdim=True)
+        index = texts.place[first] * mask
+        words = texts.pick(call.embeds)[first] * mask[..., None]
+    else:  # no sample has text
+        mask = groups.mask.new_zeros(len(own), 0)
+        index, words = mask.long(), call.embeds.new_zeros(len(own), 0, call.embeds.shape[-1])
+    return VisualBatch(
+        tokens=groups.pick(call.embeds),
+        mask=groups.mask,
+        text=words,
+        text_mask=mask,
+        budgets=budgets,
+        positions=groups.pick(positions),
+        image_index=groups.pick(image),
+        taps={name: groups.pick(spread_taps(tap, call.visual, name)) for name, tap in taps.items()},
+        text_index=index,
+    )
+
+
+def _taps(context: CallContext) -> dict[str, Tensor]:
+    """What the selector needs of the vision tower, of the pictures of this call.
+
+    Raises:
+        GripError: It is not known: they were encoded without the patch, or cut into chunks since.
+    """
+    needs = getattr(context.boundary.selector, "needs", ())
+    encoded = upstream.encoded_outputs(context.arguments or {})
+    taps = context.taps.joined()
+    for output in encoded:
+        for name, tap in attached_taps(output).items():
+            taps[name] = torch.cat([taps[name], tap]) if name in taps else tap
+    lacking = sorted(set(needs) - set(taps))
+    if lacking:
+        raise GripError(
+            f"the selector needs {lacking} of the vision tower, which is not known of these pictures: they were "
+            "encoded before the model was patched, or a prefill was cut into chunks; give pixels, and "
+            "prefill_chunk_size=None"
+        )
+    return taps
+
+
+def _refuse_split_picture(call: Call) -> None:
+    """A picture whose tokens come in two calls (chunked prefill) cannot be pruned as a whole."""
+    state, visual = call.state, call.visual
+    if state is None or state.visual.shape[1] != call.past_logical:
+        return
+    if bool((state.visual[:, -1:] & visual[:, :1]).any()):
+        raise GripError(
+            "a picture is split over two calls of the model, so that its tokens cannot be compared; choose "
+            "prefill_chunk_size=None or a size that does not cut it, or use `with model.grip.disabled()`"
+        )

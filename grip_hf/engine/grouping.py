@@ -24,16 +24,22 @@ class Groups:
     place: Tensor
     mask: Tensor
 
+    def key(self, values: Tensor) -> Tensor:
+        """[G] the row of each group together with its value of `values` [B, L] long, as one number."""
+        if not len(self.row):
+            return self.row
+        return self.row * (int(values.max()) + 1) + values[self.row, self.place[:, 0]]
+
     def pick(self, values: Tensor) -> Tensor:
         """[B, L, ...] values of the tokens: [G, N, ...], zeros at padding."""
         picked = values[self.row[:, None], self.place]
         mask = self.mask.view(*self.mask.shape, *[1] * (picked.ndim - 2))
         return picked.masked_fill(~mask, 0)
 
-    def place_values(self, values: Tensor, embeds: Tensor) -> Tensor:
-        """[B, L, D]: `embeds` with the tokens of the groups replaced by `values` [G, N, D]."""
-        result = embeds.clone()
-        result[self.row[:, None].expand_as(self.mask)[self.mask], self.place[self.mask]] = values[self.mask].to(embeds)
+    def place_values(self, values: Tensor, embeds: Tensor, keep: Tensor) -> Tensor:
+        """[B, L, D]: `embeds` with `values` [G, N, D] in place of the tokens that `keep` [G, N] marks."""
+        result, chosen = embeds.clone(), keep & self.mask
+        result[self.row[:, None].expand_as(chosen)[chosen], self.place[chosen]] = values[chosen].to(embeds)
         return result
 
     def scatter(self, keep: Tensor, visual: Tensor) -> Tensor:
@@ -44,13 +50,19 @@ class Groups:
         return result
 
 
-def group_tokens(visual: Tensor, image: Tensor | None) -> Groups:
-    """Group the True positions of `visual` [B, L] by row, or by (row, image) if `image` [B, L] long is given.
+def group_tokens(visual: Tensor, key: Tensor | None = None) -> Groups:
+    """Group the True positions of `visual` [B, L] by row, or by (row, key) if `key` [B, L] long is given.
 
-    Rows without visual tokens have no group.
+    Rows without such positions have no group.
+
+    Raises:
+        GripError: A key is negative, which would make two rows one group.
     """
     rows, places = visual.nonzero(as_tuple=True)
-    keys = rows if image is None else rows * (int(image.max()) + 1) + image[rows, places]
+    own = torch.zeros_like(rows) if key is None else key[rows, places]
+    if len(own) and int(own.min()) < 0:
+        raise GripError(f"cannot tell which picture each visual token belongs to: got the number {int(own.min())}")
+    keys = rows if key is None else rows * (int(key.max()) + 1) + own
     # The positions of a group need not adjoin; a stable sort brings them together in their order.
     keys, order = keys.sort(stable=True)
     rows, places = rows[order], places[order]

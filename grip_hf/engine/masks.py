@@ -25,6 +25,10 @@ class KeyMap:
     valid: Tensor
     full: bool
 
+    def rows(self, rows: Tensor) -> KeyMap:
+        """The keys of the batch rows picked by `rows` (long)."""
+        return KeyMap(self.index[rows], self.valid[rows], self.full)
+
 
 @dataclasses.dataclass(frozen=True)
 class Window:
@@ -82,6 +86,15 @@ def restrict(mask: Tensor, seen: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask & seen
     return mask.masked_fill(~seen, blocked(mask.dtype))
+
+
+def let_fillers_see(mask: Tensor, valid: Tensor) -> Tensor:
+    """Let each filler of a call [B, K] see itself, so that no row of a mask [B, heads, K, keys] is empty.
+
+    Nobody else sees it. The keys begin with those of the call.
+    """
+    own = torch.eye(valid.shape[1], mask.shape[3], dtype=torch.bool, device=mask.device) & ~valid[..., None]
+    return mask | own[:, None] if mask.dtype == torch.bool else mask.masked_fill(own[:, None], 0)
 
 
 def causal_4d(

@@ -1,4 +1,4 @@
-"""Drop positions from one forward call, and put its hidden states back in place.
+"""Which positions of one call stay, and how its hidden states get their length back.
 
 Pure tensor functions. Lengths are *logical* (L: the sequence as the caller sees it) or *physical* (K: what is left of
 it). Rows that keep fewer positions than others are filled up on the left; fillers are marked invalid and masked out.
@@ -73,12 +73,27 @@ def source_slots(plan: Plan) -> Tensor:
     return source.maximum(plan.valid.byte().argmax(1, keepdim=True))
 
 
-def expand(hidden: Tensor, source: Tensor) -> Tensor:
-    """Bring `hidden` [B, K, ...] back to the logical length: [B, L, ...]."""
-    return take(hidden, source)
+def expand(hidden: Tensor, source: Tensor, dim: int = 1) -> Tensor:
+    """Bring `hidden` back to the logical length along the dimension of tokens; the batch is the one before it.
+
+    Args:
+        hidden: [..., B, K, ...], with K at `dim`.
+        source: [B, L] long, see `source_slots`.
+        dim: Where the tokens are, >= 1 or negative.
+    """
+    dim = dim % hidden.ndim
+    moved = hidden.movedim((dim - 1, dim), (0, 1))
+    return take(moved, source).movedim((0, 1), (dim - 1, dim))
 
 
-def compact_positions(position_ids: Tensor, keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+def then(first: Plan | None, second: Plan) -> Plan:
+    """The plan that does what `second` does to what `first` left."""
+    if first is None:
+        return second
+    return Plan(first.index.gather(1, second.index), second.valid, first.length, second.full)
+
+
+def compact_positions(position_ids: Tensor, keep: Tensor, real: Tensor) -> Tensor:
     """Re-number positions as if the dropped ones had never been there.
 
     Args:
@@ -87,7 +102,7 @@ def compact_positions(position_ids: Tensor, keep: Tensor, real: Tensor) -> tuple
         real: [B, L] bool, False at padding (whose loss shifts nothing).
 
     Returns:
-        [B, L] new positions (meaningful where `keep`) and [B, 1] how far everything after this call moves.
+        [B, L] new positions, meaningful where `keep`.
     """
     gone = (real & ~keep).to(position_ids.dtype)
-    return position_ids - (gone.cumsum(1) - gone), gone.sum(1, keepdim=True)
+    return position_ids - (gone.cumsum(1) - gone)

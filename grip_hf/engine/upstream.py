@@ -8,25 +8,47 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import find_packed_sequence_indices
 
 from ..errors import UnsupportedModelError
 
-# The releases that CI runs the fast suite on; `apply_grip` warns above the last one (see `doctor`).
+# The releases that CI runs the fast suite on.
 TESTED = ("5.16.1", "5.19.0", "5.24.0")
 
 # The KV cache among arguments and outputs: `cache` since 5.24, `past_key_values` before (an alias until 5.40).
 CACHE_NAMES = ("cache", "past_key_values")
 # Pictures that were encoded before the call; since 5.18.
 ENCODED = "mm_encoder_outputs"
-# Arguments with which pictures or videos come.
+# Arguments with which pictures or videos come, and the methods that encode them.
 PICTURES = ("pixel_values", "image_hidden_states")
+ENCODERS = ("get_image_features", "get_video_features")
+# What a call of the language model must be able to take; all else is passed on or refused.
+NEEDED = ("inputs_embeds", "attention_mask", "position_ids")
+# Arguments of the language model with one entry per token, [B, L, ...].
+# Kinds of tokens [B, L]: 0 is text.
+TOKEN_TYPES = "mm_token_type_ids"
+PER_TOKEN = ("per_layer_inputs", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+# Those that are passed on as they are, and those that have code of their own.
+UNTOUCHED = ("labels", "shift_labels", "input_ids", "logits_to_keep")
+HANDLED = (*NEEDED, "visual_pos_masks", "deepstack_visual_embeds")
+# Layers that carry a state from token to token; their mask is that of the call's own tokens, [B, L], or None.
+RECURRENT = ("linear_attention", "conv")
+# Where a decoder layer has its attention.
+ATTENTION = ("self_attn", "attention", "attn")
+
+# Name of the attention implementation of a config.
+KERNEL = "_attn_implementation"
+attention_kernel = attrgetter(KERNEL)
+# Sequence numbers [B, L] of positions that jump, as transformers tells packed sequences apart; None if there is one.
+packed_segments = find_packed_sequence_indices
 
 
 def versions() -> str:
@@ -59,42 +81,114 @@ def cache_name(module: nn.Module) -> str:
     return names[0]
 
 
-def find_cache(arguments: Mapping[str, Any]) -> Cache | None:
-    """The KV cache among the arguments of a call.
+def check_language_model(module: nn.Module) -> None:
+    """Check that a language model can be called as grip_hf calls it.
 
     Raises:
-        UnsupportedModelError: A cache comes under an unknown name, or something else under a known one.
+        UnsupportedModelError: Its `forward` lacks an argument, or its caches have methods of another form.
     """
-    for name, value in arguments.items():
-        if isinstance(value, Cache):
-            if name not in CACHE_NAMES:
-                raise unknown(f"a KV cache was given as {name!r}, known names are {CACHE_NAMES}")
-            return value
-        if name in CACHE_NAMES and value is not None:
-            raise unknown(f"the argument {name!r} is a {type(value).__name__}, not a cache of transformers")
+    cache_name(module)
+    known = inspect.signature(module.forward).parameters
+    lacking = [name for name in NEEDED if name not in known]
+    if lacking:
+        raise unknown(f"{type(module).__name__}.forward does not take {lacking}: it takes {tuple(known)}")
+    check_cache_class(DynamicCache)
+
+
+def check_cache_class(cls: type) -> None:
+    """Check that a class of caches has the methods that grip_hf overrides, in the form that it knows.
+
+    Raises:
+        UnsupportedModelError: One is missing or takes other arguments.
+    """
+    forms = {
+        "get_seq_length": ("layer_idx",),
+        "get_mask_sizes": ("query_length", "layer_idx"),
+        "reorder_cache": ("beam_idx",),
+        "batch_select_indices": ("indices",),
+        "batch_repeat_interleave": ("repeats",),
+        "crop": ("tokens_to_remove",),
+        "reset": (),
+    }
+    for name, form in forms.items():
+        method = getattr(cls, name, None)
+        found = None if method is None else tuple(inspect.signature(method).parameters)[1:]
+        if found != form:
+            raise unknown(f"{cls.__name__}.{name} takes {found}, expected {form}")
+
+
+def check_mask_sizes(cache: Cache | None, query_length: int, held: int) -> None:
+    """Check that a cache counts its keys as grip_hf does: `held` in its full layers, and those of the call at hand.
+
+    Raises:
+        UnsupportedModelError: It counts otherwise.
+    """
+    layer = None if cache is None else first_layer(cache, sliding=False)
+    if cache is None or layer is None:
+        return
+    sizes = cache.get_mask_sizes(query_length, layer)
+    keys = static_length(cache) if cache.is_compileable else held + query_length
+    if not isinstance(sizes, tuple) or len(sizes) != 2 or (int(sizes[0]), int(sizes[1])) != (keys, 0):
+        raise unknown(
+            f"{type(cache).__name__}.get_mask_sizes gives {sizes} for {query_length} tokens after {held}, "
+            f"expected {(keys, 0)}"
+        )
+
+
+def check_new_cache(cache: Cache, arguments: Mapping[str, Any], config: Any, held: int) -> None:
+    """Check a cache that the language model returned and nobody gave: it must be a new one, with what stayed.
+
+    Raises:
+        UnsupportedModelError: It was not asked for, or holds another number of positions.
+    """
+    if not uses_cache(arguments, config):
+        raise unknown("the language model returned a KV cache that nobody gave or asked for")
+    if int(cache.get_seq_length()) != held:
+        raise unknown(
+            f"the language model returned a KV cache of {int(cache.get_seq_length())} positions that nobody gave, "
+            f"expected a new one of {held}"
+        )
+
+
+def first_layer(cache: Cache, sliding: bool) -> int | None:
+    """The first layer of a cache that keeps keys, with or without a sliding window; None if there is none."""
+    windows = list(cache.is_sliding)
+    # `is_linear` and `is_dummy` mark layers without keys; the second came with 5.23.
+    keyless = [list(getattr(cache, name, ())) or [False] * len(windows) for name in ("is_linear", "is_dummy")]
+    for index, (has_window, *others) in enumerate(zip(windows, *keyless, strict=True)):
+        if has_window == sliding and not any(others):
+            return index
     return None
 
 
-def returned_cache(output: Any) -> Cache | None:
-    """The KV cache in a model's output."""
-    values: Iterable[Any] = output.values() if isinstance(output, Mapping) else output
-    return next((value for value in values if isinstance(value, Cache)), None)
+def mask_sizes(
+    sizes: Callable[[int, int], tuple[int, int]], layers: list[Any], query_length: int, layer_idx: int, dropped: int
+) -> tuple[int, int]:
+    """Number and offset of the keys that the mask of a layer covers, as if `dropped` positions more had been seen.
 
-
-def encoded_outputs(arguments: Mapping[str, Any]) -> list[Any]:
-    """Pictures that were encoded before this call."""
-    encoded = arguments.get(ENCODED)
-    return [one for one in encoded.values() if one is not None] if isinstance(encoded, Mapping) else []
-
-
-def has_pictures(arguments: Mapping[str, Any]) -> bool:
-    """Whether pictures or videos come with a call."""
-    return any(value is not None for name, value in arguments.items() if name.startswith(PICTURES))
-
-
-def attention_kernel(config: Any) -> str:
-    """Name of the attention implementation that a config asks for."""
-    return str(config._attn_implementation)
+    Args:
+        sizes: The cache's own `get_mask_sizes`.
+        layers: Its layers.
+        query_length: Tokens of the call.
+        layer_idx: The layer.
+        dropped: Positions to add.
+    """
+    if not dropped:
+        return sizes(query_length, layer_idx)
+    layer = layers[layer_idx]
+    if not hasattr(layer, "get_seq_length"):  # a recurrent layer: the first one with keys answers
+        layer = next(one for one in layers if hasattr(one, "get_seq_length"))
+    if getattr(layer, "is_sliding", False):
+        # A sliding layer answers from its running length: let it answer for the logical one.
+        name = "cumulative_length_int" if hasattr(layer, "cumulative_length_int") else "cumulative_length"
+        length = getattr(layer, name)
+        setattr(layer, name, length + dropped)
+        try:
+            return sizes(query_length, layer_idx)
+        finally:
+            setattr(layer, name, length)
+    keys, offset = sizes(query_length, layer_idx)
+    return (keys if layer.is_compileable else keys + dropped), offset
 
 
 def removed_by_crop(argument: int, length: int) -> int:
@@ -120,3 +214,86 @@ def _crop_takes_a_length() -> bool:
 def static_length(cache: Cache) -> int:
     """Number of slots of a static cache."""
     return int(cache.get_max_length())
+
+
+def encoded_outputs(arguments: Mapping[str, Any]) -> list[Any]:
+    """Pictures that were encoded before this call."""
+    encoded = arguments.get(ENCODED)
+    return [one for one in encoded.values() if one is not None] if isinstance(encoded, Mapping) else []
+
+
+def has_pictures(arguments: Mapping[str, Any]) -> bool:
+    """Whether pictures or videos come with a call, as pixels or encoded before it."""
+    pixels = (value for name, value in arguments.items() if name.startswith(PICTURES))
+    return any(value is not None for value in pixels) or bool(encoded_outputs(arguments))
+
+
+def uses_cache(arguments: Mapping[str, Any], config: Any) -> bool:
+    """Whether a call of the language model makes a cache if it is given none."""
+    use = arguments.get("use_cache")
+    return bool(getattr(config, "use_cache", True) if use is None else use)
+
+
+def is_recurrent(config: Any) -> bool:
+    """Whether the language model has layers that carry a state from token to token."""
+    return any(kind in RECURRENT for kind in getattr(config, "layer_types", None) or ())
+
+
+def sliding_window(config: Any) -> int | None:
+    """Positions that the language model's sliding layers see; None if it has no such layer."""
+    reach = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None)
+    return reach if reach is not None and (layers is None or "sliding_attention" in layers) else None
+
+
+def router_loss(config: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call adds a loss of the router of its experts, which compares it with the mask of all tokens."""
+    text = config.get_text_config()
+    routed = any(getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    given = arguments.get("output_router_logits")
+    return bool(routed and (getattr(text, "output_router_logits", False) if given is None else given))
+
+
+def per_token_names(arguments: Mapping[str, Any], batch: int, length: int) -> list[str]:
+    """Arguments of a language model's call with one entry per token that grip_hf does not know."""
+    known = {*PER_TOKEN, *UNTOUCHED, *HANDLED}
+    named = [(name, value) for name, value in arguments.items() if name not in known and isinstance(value, Tensor)]
+    return [
+        name
+        for name, value in named
+        if name.startswith("cu_seq_lens")
+        or (value.ndim >= 2 and value.shape[0] in (1, batch) and value.shape[1] == length)
+        or (value.ndim == 1 and value.shape[0] == length)
+    ]
+
+
+def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of an attention module with no KV cache among them."""
+    return {name: None if isinstance(value, Cache) else value for name, value in arguments.items()}
+
+
+def attention_module(layer: nn.Module) -> Any:
+    """The attention of a decoder layer, or None if it has none of a known name."""
+    return next(
+        (getattr(layer, name) for name in ATTENTION if isinstance(getattr(layer, name, None), nn.Module)), None
+    )
+
+
+def layers_that_cannot_drop(language_model: nn.Module, ranking: set[int]) -> str | None:
+    """Why tokens cannot be dropped between the decoder layers of a language model, or None if they can.
+
+    Args:
+        language_model: It.
+        ranking: The layers whose attention ranks the tokens.
+    """
+    layers: Any = language_model.layers
+    config: Any = language_model.config
+    if is_recurrent(config):
+        return "some of its layers carry a state from token to token"
+    for number in sorted(ranking):
+        attention = attention_module(layers[number])
+        if attention is None or not hasattr(attention, "config"):
+            return f"layer {number} has no attention of a known name"
+    if any(getattr(attention_module(layer), "is_kv_shared_layer", False) for layer in layers):
+        return "some of its layers read the keys of earlier ones"
+    return None

@@ -10,7 +10,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..engine import taps
 from ..engine.keepsets import VisualBatch
 from ..errors import ConfigError
 from ..frozen.samples import Sample
@@ -183,6 +182,5 @@ class Downsampling:
                 for sample, pixels in zip(prompts.samples, prompts.pixels, strict=True)
             ]
             small = downsample(model, inputs, max(1, min(counts)))
-            taps.clear()  # what selectors' taps saw of the small pictures
             found.append(prompts.judged(small))
         return found

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..engine.upstream import cache_name, returned_cache
+from ..engine.cache import returned
+from ..engine.upstream import cache_name
 from ..families.table import find_parts
 from ..hub.checkpoint import attached_folder
 from ..patch import apply_grip, remove_grip
@@ -115,7 +116,7 @@ class Bench:
         output = self.model(**inputs, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         self.watch.mark("end")
-        return token, returned_cache(output)
+        return token, returned(output)
 
     def _floor(self, num_tokens: int) -> tuple[Tensor, Any]:
         """The first token from the embeddings that pruning left, without the patch and the vision tower."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..config import GripConfig
-from ..engine import taps
+from ..engine.context import attach_taps, attached_taps, encoding
 from ..engine.keepsets import VisualBatch
 from ..engine.upstream import ENCODED, parameters
 from ..errors import DatasetError, UnsupportedModelError
@@ -150,9 +150,9 @@ class FrozenVLM:
         known = self._cache.get(key)
         if known is not None:
             return known
-        taps.clear()
-        features = encoder(**wanted, return_dict=True).pooler_output  # type: ignore[operator]
-        encoded = Encoded(features, taps.collect())
+        with encoding() as taps:
+            output = encoder(**wanted, return_dict=True)  # type: ignore[operator]
+        encoded = Encoded(output.pooler_output, {**attached_taps(output), **taps.joined()})
         if encoded.nbytes <= self._cache.maxsize:
             self._cache[key] = encoded
         return encoded
@@ -219,7 +219,7 @@ class FrozenVLM:
         budget = handle.disabled() if keep is None else handle.budget(num_tokens=[int(kept.sum()) for kept in keep])
         self._keep = keep
         try:
-            with budget:
+            with budget, handle.prompt(torch.ones_like(batch["input_ids"])):  # nothing of the text chooses here
                 seen = pictures([sample.encoded for sample in samples])
                 output = self.model(**batch, **seen, **kwargs, use_cache=False, logits_to_keep=longest + 1)
         finally:
@@ -248,7 +248,7 @@ def pictures(encoded: Sequence[Encoded]) -> dict[str, Any]:
     joined: Any = torch.cat(parts) if isinstance(parts[0], Tensor) else [one for part in parts for one in part]
     carrier: Any = BaseModelOutputWithPooling(pooler_output=joined)
     if encoded[0].taps:
-        carrier.grip_taps = {name: torch.cat([one.taps[name] for one in encoded]) for name in encoded[0].taps}
+        attach_taps(carrier, {name: torch.cat([one.taps[name] for one in encoded]) for name in encoded[0].taps})
     return {ENCODED: {"image": carrier}}
 
 

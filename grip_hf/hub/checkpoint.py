@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from typing import Any
 
+from ..engine.methods import InstanceMethod
 from .download import CONFIG_FILE, SUBFOLDER, fetch, is_repo_id
 
 __all__ = ["CONFIG_FILE", "SUBFOLDER", "SaveWithGrip", "attached_folder", "came_from"]
@@ -34,33 +34,23 @@ def attached_folder(model: Any, **hub: Any) -> str | None:
     return folder if os.path.isfile(os.path.join(folder, CONFIG_FILE)) else None
 
 
-class SaveWithGrip:
-    """Stands in for `save_pretrained` of a patched model: the model's own, and then the GRIP part beside it.
+class SaveWithGrip(InstanceMethod):
+    """`save_pretrained` of a patched model: the model's own, and then the GRIP part beside it.
 
-    It lies on the instance like the handle does, so copies and pickles carry their own, and `model.push_to_hub`, which
-    saves through it, uploads the part too.
+    `model.push_to_hub` saves through it, and so uploads the part too.
 
     Args:
         handle: The `GripHandle` of the model.
     """
 
     def __init__(self, handle: Any) -> None:
+        super().__init__(handle.owner, "save_pretrained")
         self.handle = handle
-        self.before: Any = None  # what lay on the instance before, if anything
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """The signature of the model's own method."""
-        return inspect.signature(self._own())
-
-    def _own(self) -> Any:
-        owner = self.handle.owner
-        return self.before or type(owner).save_pretrained.__get__(owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Save the model, then its GRIP part; `push_to_hub=True` uploads both."""
         given = self.__signature__.bind(*args, **kwargs).arguments
-        result = self._own()(*args, **kwargs)
+        result = self.own(*args, **kwargs)
         if given.get("is_main_process", True):
             folder = os.path.join(given["save_directory"], SUBFOLDER)
             extra = given.get("kwargs", {})
@@ -85,18 +75,3 @@ class SaveWithGrip:
                 create_pr=options.get("create_pr", False),
                 commit_message="Upload the GRIP part",
             )
-
-    def attach(self) -> None:
-        """Put itself on the model."""
-        self.before = vars(self.handle.owner).get("save_pretrained")
-        self.handle.owner.save_pretrained = self
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        owner = self.handle.owner
-        if vars(owner).get("save_pretrained") is not self:
-            return
-        if self.before is None:
-            del owner.save_pretrained
-        else:
-            owner.save_pretrained = self.before

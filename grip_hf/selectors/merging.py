@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..engine.context import publish
 from ..engine.keepsets import VisualBatch
-from ..engine.taps import publish
 from ..errors import UnsupportedModelError
 from ..families.table import find_parts
 from .base import Selector
@@ -65,7 +65,4 @@ class MergingSelector(Selector):
 
 def publish_features(module: nn.Module, args: tuple[Any, ...]) -> None:
     """Hook of the projector: publish what it gets, one row per visual token."""
-    published = args[0].__dict__.setdefault("grip_published", set())
-    if FEATURES not in published:
-        published.add(FEATURES)
-        publish(FEATURES, args[0].detach().flatten(0, 1))
+    publish(FEATURES, args[0], lambda: args[0].detach().flatten(0, 1))

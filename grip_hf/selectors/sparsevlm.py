@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..engine.keepsets import VisualBatch
 from . import register
-from .inside import Run, on_the_call
 from .pyramiddrop import PyramidDropSelector
 
 
@@ -35,11 +34,9 @@ class SparseVLMSelector(PyramidDropSelector):
         ranking = dict.fromkeys(int(share * depth) for share in self.depths)
         return [(layer, layer + 1) for layer in ranking]
 
-    def asking(self, batch: VisualBatch, run: Run) -> Tensor:
+    def asking(self, batch: VisualBatch) -> Tensor:
         """The raters; the last token in rows without words."""
-        chosen = torch.zeros_like(run.prompt)
-        chosen[run.visual.any(1)] = on_the_call(batch, raters(batch), run.prompt.shape[1])
-        return torch.where(chosen.any(1, keepdim=True), chosen, super().asking(batch, run))
+        return raters(batch)
 
 
 def raters(batch: VisualBatch) -> Tensor:

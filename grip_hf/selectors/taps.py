@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..engine.taps import publish
+from ..engine.context import publish
 from ..errors import UnsupportedModelError
 from ..families.table import find_parts
 from ..families.towers import PREFIX, TOWERS, Tower, remember_grid
@@ -49,14 +49,13 @@ class AttentionTap:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Publish the features of this call."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        # Two selectors may tap the same feature of the same model: the first hook to run publishes it for both.
-        published = hidden.__dict__.setdefault("grip_published", set())
         attended = self.tower.attended(self.tower, module, hidden, kwargs)
         for feature in self.features:
-            name = tap_name(feature, self.layer)
-            if name not in published:
-                published.add(name)
-                publish(name, attended.per_token(getattr(attended, feature)()))
+
+            def rows(feature: str = feature) -> Tensor:
+                return attended.per_token(getattr(attended, feature)())
+
+            publish(tap_name(feature, self.layer), hidden, rows)
 
 
 def tap_vision(model: nn.Module, who: str, features: Sequence[str], layer: Layer = None) -> list[RemovableHandle]:

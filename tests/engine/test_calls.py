@@ -200,11 +200,11 @@ def test_caches_with_recurrent_layers(family):
     model, inputs = build(family), make_inputs(family, ONE * 2)
     prune(model)
     cache = model(**inputs, use_cache=True).past_key_values
-    state, length = cache.grip_state, inputs["input_ids"].shape[1]
+    state, length = cache.grip_states[0], inputs["input_ids"].shape[1]
     assert cache.get_seq_length() == length and cache.get_mask_sizes(1, 0) == (length + 1, 0)
     with pytest.raises(RuntimeError, match="crop"):
         cache.crop(-1)
-    assert cache.grip_state is state
+    assert cache.grip_states[0] is state
     second = make_inputs(family, [[2, IMAGE, 3], [4, IMAGE, 1]])
     second["attention_mask"] = torch.ones(2, length + second["input_ids"].shape[1], dtype=torch.long)
     second["position_ids"] = torch.arange(length, second["attention_mask"].shape[1]).expand(2, -1)

@@ -8,7 +8,7 @@ import torch
 from tiny import IMAGE, build, make_inputs, select_by_content
 
 from grip_hf import apply_grip
-from grip_hf.engine.calls import calls
+from grip_hf.engine.context import innermost
 
 PROMPTS = [[[3, IMAGE, 4]], [[2, IMAGE, 2, IMAGE, 3]], [[3, IMAGE, 4], [5]], [[6]]]
 
@@ -68,5 +68,5 @@ def test_long_loops_leave_nothing_behind(rounds):
     for _ in range(rounds):
         step()
     gc.collect()
-    assert tables() == hooks and not calls.running and not calls.answers
+    assert tables() == hooks and innermost() is None
     assert len(gc.get_objects()) - before < 100

@@ -54,9 +54,8 @@ def test_compact_positions_close_the_gaps():
     keep = torch.tensor([[0, 1, 0, 0, 1, 1], [1, 1, 0, 1, 1, 1]]).bool()
     real = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()  # one padded position counts for nothing
     positions = torch.tensor([[0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]])
-    new, shift = compact_positions(positions, keep, real)
+    new = compact_positions(positions, keep, real)
     assert new[0, keep[0]].tolist() == [0, 1, 2] and new[1, keep[1]].tolist() == [0, 1, 2, 3, 4]
-    assert shift.tolist() == [[2], [1]]
 
 
 def key_map(seed, batch=2, logical=10):
@@ -153,12 +152,22 @@ def test_taps_follow_the_tokens_also_when_repeated_for_beams():
 
 
 def test_budgets_count_per_group():
-    assert Budget(keep_ratio=0.5).counts([4, 5, 0], [0, 1, 2], 3) == [2, 3, 0]
-    assert Budget(num_tokens=(1, 9)).counts([4, 4, 4], [0, 0, 1], 2) == [1, 1, 4]
-    assert Budget(num_tokens=(1, 2)).counts([4] * 4, [0, 1, 2, 3], 4) == [1, 1, 2, 2]  # repeated for beams
-    assert Budget(everything=True).counts([4, 0], [0, 1], 2) == [4, 0]
+    def never(times):
+        return False
+
+    assert Budget(keep_ratio=0.5).counts([4, 5, 0], [0, 1, 2], 3, never) == [2, 3, 0]
+    assert Budget(num_tokens=(1, 9)).counts([4, 4, 4], [0, 0, 1], 2, bool) == [1, 1, 4]
+    assert Budget(num_tokens=(1, 2)).counts([4] * 4, [0, 1, 2, 3], 4, lambda times: times == 2) == [
+        1,
+        1,
+        2,
+        2,
+    ]  # for beams
+    with pytest.raises(ConfigError, match="num_tokens has 2 values for a batch of 4"):  # four samples of their own
+        Budget(num_tokens=(1, 2)).counts([4] * 4, [0, 1, 2, 3], 4, never)
+    assert Budget(everything=True).counts([4, 0], [0, 1], 2, never) == [4, 0]
     with pytest.raises(ConfigError, match="num_tokens has 2 values for a batch of 3"):
-        Budget(num_tokens=(1, 2)).counts([4], [0], 3)
+        Budget(num_tokens=(1, 2)).counts([4], [0], 3, never)
     for bad in ([], [0.5, 0], [True], "half"):
         with pytest.raises(ConfigError, match="keep_ratio"):
             Budget.checked(keep_ratio=bad)

@@ -1,0 +1,316 @@
+"""Drop visual tokens between layers of the language model.
+
+All tokens enter it. A selector of this kind says after which layers some go, and which tokens' attention tells which:
+hooks on the decoder layers rank the visual tokens, cut every later layer's input down to what is left, and give its
+output the length of the call back, so that whatever stands between the layers sees nothing of it. The KV cache
+remembers what each layer holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GripError, UnsupportedModelError
+from . import masks, upstream
+from .cache import find, logical_of, physical, states_of, window
+from .call import Step
+from .choice import Choice
+from .context import Hook, running
+from .keepsets import topk_mask
+from .masks import KeyMap
+from .plan import Plan, expand, make_plan, source_slots, take, take_last, then
+from .ranking import Ranked, attention_of, register
+
+if TYPE_CHECKING:
+    from ..selectors.inside import InsideSelector
+
+
+@dataclasses.dataclass(eq=False)
+class LayerDrops:
+    """What is dropped between the layers in one call.
+
+    Attributes:
+        selector: Says where, and how many are left.
+        choice: The visual tokens, their groups and budgets.
+        step: The call; all of its tokens enter.
+        asking: [G, L] bool, the tokens whose attention ranks the visual tokens of each group.
+        plans: What is left from the layer of each number on, in terms of the whole call.
+        ranks: By layer: attention [G, N] to the visual tokens of each group, where it has just ranked them.
+    """
+
+    selector: InsideSelector
+    choice: Choice
+    step: Step
+    asking: Tensor
+    plans: dict[int, Plan] = dataclasses.field(default_factory=dict)
+    ranks: Tensor | None = None
+
+    @classmethod
+    def of(cls, selector: Any, choice: Choice, step: Step) -> LayerDrops | None:
+        """The drops of a call, or None if its selector drops before the language model."""
+        if choice.scores is not None:
+            return None
+        if step.call.past_logical:
+            raise GripError(
+                f"selector {selector.name!r} cannot take pictures after the first call on a cache; start a new one, "
+                "or use `with model.grip.disabled()`"
+            )
+        return cls(selector, choice, step, _asking(selector, choice, step.call.visual.shape[1]))
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is left now."""
+        return next(reversed(self.plans.values()), None)
+
+    @property
+    def left(self) -> Plan:
+        """The same, also before the first drop."""
+        return self.step.plan if self.plan is None else self.plan
+
+    def rank(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Rank the visual tokens by the attention of those that ask, in the attention module of a layer."""
+        here, groups = self.left, self.choice.groups
+        stays = here.valid & (self.step.call.real.gather(1, here.index))
+        asks = self.asking.new_zeros(stays.shape)
+        asks.index_put_((groups.row,), self.asking.gather(1, here.index[groups.row]), accumulate=True)
+        who = make_plan(asks & stays)
+        weights = attention_of(module, args, kwargs, who.index, here.index)
+        place = here.index.gather(1, who.index)
+        mine = self.asking.gather(1, place[groups.row]) & who.valid[groups.row]
+        mean = (weights[groups.row] * mine[..., None]).sum(1) / mine.sum(1, keepdim=True).clamp(min=1)
+        whole = mean.new_zeros(len(mean), here.length).scatter(1, here.index[groups.row], mean)
+        self.ranks = whole.gather(1, groups.place).masked_fill(~groups.mask, 0)
+
+    def drop(self, layer: int, stage: int, stages: int) -> None:
+        """Drop what is ranked lowest before a layer."""
+        assert self.ranks is not None
+        groups, call, here = self.choice.groups, self.step.call, self.left
+        held = call.visual.new_zeros(call.visual.shape).scatter(1, here.index, here.valid) & call.visual
+        left = groups.pick(held)
+        count = self.selector.left(groups.mask.sum(1), self.choice.batch.budgets, stage, stages)
+        keep = groups.scatter(topk_mask(self.ranks, left, count), call.visual)
+        real = call.real.gather(1, here.index) & here.valid
+        stays = real & (~call.visual | keep).gather(1, here.index)
+        self.plans[layer] = then(here, make_plan(stays))
+
+
+def _asking(selector: Any, choice: Choice, length: int) -> Tensor:
+    """[G, L] bool: the tokens whose attention ranks: words that the selector names, else the prompt's last token."""
+    batch, groups = choice.batch, choice.groups
+    index = batch.text_index
+    assert index is not None
+    named = selector.asking(batch)
+    asked = torch.zeros(len(groups.row), length, dtype=torch.bool, device=groups.place.device)
+    if named is not None and index.shape[1]:
+        asked.scatter_(1, index, named & batch.text_mask)
+    last = (groups.place * groups.mask).amax(1)
+    if index.shape[1]:
+        last = last.maximum((index * batch.text_mask).amax(1))
+    last_token = torch.zeros_like(asked).scatter_(1, last[:, None], True)
+    return torch.where(asked.any(1, keepdim=True), asked, last_token)
+
+
+def check_layers(language_model: nn.Module, selector: InsideSelector) -> list[tuple[int, int]]:
+    """Where a selector ranks and drops tokens between the decoder layers of a language model.
+
+    Raises:
+        UnsupportedModelError: The decoder has no list of layers, too few of them, or a layer that ranks lacks an
+            attention of its own.
+    """
+    layers: Any = getattr(language_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise UnsupportedModelError(
+            f"selector {selector.name!r} needs decoder layers; {type(language_model).__name__} has no list `layers`"
+        )
+    stages = selector.stages(len(layers))
+    if not stages or not all(0 <= rank <= drop < len(layers) for rank, drop in stages):
+        raise UnsupportedModelError(
+            f"selector {selector.name!r} ranks and drops tokens at layers {stages}, this model has {len(layers)}"
+        )
+    reason = upstream.layers_that_cannot_drop(language_model, {rank for rank, _ in stages})
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"selector {selector.name!r} cannot drop between the layers of {type(language_model).__name__}: {reason}"
+        )
+    return stages
+
+
+def hook_layers(language_model: nn.Module, selector: InsideSelector) -> list[Any]:
+    """Hook the decoder layers for a selector that drops between them; returns the handles."""
+    stages = check_layers(language_model, selector)
+    layers: Any = language_model.layers
+    register()
+    handles: list[Any] = []
+    for number, layer in enumerate(layers):
+        hook = LayerHook(number, tuple(stages))
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append(layer.register_forward_hook(AfterLayerHook(number)))
+        if any(number == rank for rank, _ in stages):
+            attention = upstream.attention_module(layer)
+            assert attention is not None
+            handles.append(attention.register_forward_pre_hook(RankingHook(number, tuple(stages)), with_kwargs=True))
+    return handles
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerHook(Hook):
+    """Before a decoder layer: drop what its stage drops, and cut its input down to what is left.
+
+    Attributes:
+        number: The layer.
+        stages: Per drop the layer that ranks, and the first one without the dropped tokens.
+    """
+
+    number: int
+    stages: tuple[tuple[int, int], ...]
+
+    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """New arguments of the layer, or None."""
+        context = running()
+        if context is None or context.layers is None:
+            return self._later(args, kwargs)
+        return self._first(context.layers, layer, args, kwargs)
+
+    @torch.compiler.disable
+    def _first(self, drops: LayerDrops, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for stage, (rank, drop) in enumerate(self.stages):
+            if drop != self.number:
+                continue
+            if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
+                raise GripError(
+                    f"selector {drops.selector.name!r} drops tokens between layers, which gradient checkpointing runs "
+                    "again without knowing; train with gradient_checkpointing=False"
+                )
+            if rank == drop:  # ranked by what comes in, before anything of the layer has run
+                self._rank_ahead(drops, layer, args, kwargs)
+            drops.drop(self.number, stage, len(self.stages))
+        if drops.plan is None:
+            return None
+        return cut(drops.plan, self.number, layer, args, kwargs)
+
+    def _rank_ahead(self, drops: LayerDrops, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if drops.plan is not None:
+            args, kwargs = cut(drops.plan, self.number, layer, args, kwargs)
+        try:
+            # Its forward, not a call: the hooks around it belong to the real run. It ends in its attention.
+            type(layer).forward(layer, *args, **kwargs)
+        except Ranked:
+            return
+        raise upstream.unknown(f"{type(layer).__name__} does not call its attention")
+
+    def _later(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The mask of a later call for a layer whose cache lacks what was dropped."""
+        view = find(kwargs)
+        states = states_of(logical_of(view))
+        start = max((one for one in states if one <= self.number), default=0)
+        if not start:
+            return None
+        cache, state, mask = logical_of(view), states[start], kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 4 and state.columns is not None:
+            return args, {**kwargs, "attention_mask": masks.pick_columns(mask, state.columns)}
+        if mask is None and state.full:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        queries = hidden.shape[-2]
+        keys = state.keys(int(physical(cache).get_seq_length(self.number)) + queries)
+        if mask is None:
+            new = masks.causal_4d(keys, queries, window(physical(cache), queries, self.number))
+        elif mask.ndim == 2:
+            new = masks.mask_2d(mask, keys)
+        else:
+            rows = torch.arange(queries, device=mask.device).expand(len(keys.index), -1)
+            logical = window(cache, queries, self.number)
+            new = masks.mask_4d(mask, rows, keys, logical, window(physical(cache), queries, self.number))
+        return args, {**kwargs, "attention_mask": new}
+
+
+@dataclasses.dataclass(frozen=True)
+class AfterLayerHook(Hook):
+    """After a decoder layer: give its output the length of the call back."""
+
+    number: int
+
+    def __call__(self, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
+        """The output with hidden states of the whole call, or None."""
+        context = running()
+        plan = None if context is None or context.layers is None else context.layers.plan
+        if plan is None:
+            return None
+        source = source_slots(plan)
+        if isinstance(output, tuple):
+            return (expand(output[0], source, -2), *output[1:])
+        return expand(output, source, -2)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingHook(Hook):
+    """Before the attention of a layer that ranks.
+
+    Attributes:
+        number: The layer.
+        stages: See `LayerHook`.
+    """
+
+    number: int
+    stages: tuple[tuple[int, int], ...]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Rank; a layer that is run ahead for it ends here."""
+        context = running()
+        if context is not None and context.layers is not None:
+            self._rank(context.layers, module, args, kwargs)
+
+    @torch.compiler.disable
+    def _rank(self, drops: LayerDrops, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for rank, drop in self.stages:
+            if rank == self.number and drop not in drops.plans:
+                drops.rank(module, args, kwargs)
+                if rank == drop:
+                    raise Ranked(drops.ranks)  # type: ignore[arg-type]
+                return
+
+
+def cut(
+    plan: Plan, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a decoder layer for the tokens of a plan."""
+    view = find(kwargs)
+    new = {name: value if value is view else _tokens(name, value, plan) for name, value in kwargs.items()}
+    if "attention_mask" in kwargs:
+        new["attention_mask"] = _layer_mask(kwargs["attention_mask"], plan, number, view, layer)
+    return tuple(_tokens("hidden_states", value, plan) for value in args), new
+
+
+def _tokens(name: str, value: Any, plan: Plan) -> Any:
+    """Those of an argument's entries that belong to the tokens of a plan; what has none per token is left alone."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_tokens(name, one, plan) for one in value)
+    if not isinstance(value, Tensor):
+        return value
+    if name == "position_ids" or value.ndim <= 2:
+        return take_last(value, plan.index) if value.ndim and value.shape[-1] == plan.length else value
+    if value.shape[-2] != plan.length:
+        return value
+    moved = value.movedim((-3, -2), (0, 1))
+    return take(moved, plan.index).movedim((0, 1), (-3, -2))
+
+
+def _layer_mask(mask: Tensor | None, plan: Plan, number: int, cache: Any, layer: Any) -> Tensor | None:
+    kept = plan.index.shape[1]
+    keys = KeyMap(plan.index, plan.valid, plan.full)
+    attention = upstream.attention_module(layer)
+    kernel = upstream.attention_kernel(attention.config) if attention is not None else ""
+    if mask is None and plan.full:
+        return None
+    if "flash" in kernel or (mask is not None and mask.ndim == 2):
+        return masks.mask_2d(None if mask is None else mask[:, : plan.length], keys)
+    present = window(physical(cache), kept, number)
+    if mask is None:
+        made = masks.causal_4d(keys, kept, present)
+    else:
+        made = masks.mask_4d(mask, plan.index, keys, window(cache, plan.length, number), present)
+    return masks.let_fillers_see(made, plan.valid)
