@@ -88,6 +88,7 @@ class Job:
                 write_card(vlm.model.grip, output)  # it tells what the folder knows
             finally:
                 remove_grip(vlm.model)
+            say(f"the scorer is in {output}: apply_grip(model, scorer={str(output)!r})")
 
     def table(self, vlm: FrozenVLM, held: Any) -> None:
         """Evaluate each stage's scorer and write the table, unless it is there already."""

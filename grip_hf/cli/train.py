@@ -11,7 +11,7 @@ import typer
 
 from . import options
 from .loading import ModelChoice
-from .screen import failures, numbers, quiet, say, split_list
+from .screen import failures, numbers, quiet, split_list
 
 # Options of TRL's or transformers' that have a name of their own here, or that the stages rely on.
 TAKEN = ("output_dir", "max_steps", "seed", "save_steps", "save_total_limit", "report_to", "use_cpu")
@@ -128,7 +128,6 @@ def train(
             estimate(job)
             return
         job.run()
-    say(f"the scorer is in {output}: apply_grip(model, scorer={str(output)!r})")
 
 
 def upstream_options(words: list[str], method: str) -> dict[str, Any]:

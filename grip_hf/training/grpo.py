@@ -30,6 +30,7 @@ GRPO_DEFAULTS: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "logging_steps": 10,
     "report_to": "none",
+    "ddp_find_unused_parameters": False,  # every weight of a scorer is used in every step
 }
 DEFAULT_REWARDS = ("closeness", "correctness")
 # What the mapping of keep-sets to completions relies on.
