@@ -20,7 +20,7 @@ from contextvars import ContextVar
 
 import gradio as gr
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Cache
 
 from grip_hf import apply_grip
 from grip_hf.errors import ScorerError
@@ -125,7 +125,8 @@ class Page:
         out = self.model.generate(**inputs, max_new_tokens=64, do_sample=False, return_dict_in_generate=True)
         spent = 1000 * (time.perf_counter() - start)
         said = self.processor.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
+        cache = next(value for value in out.values() if isinstance(value, Cache))
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         return (said.strip(), spent, size / 1024), self.model.grip.kept_tokens(out)[0]
 
 

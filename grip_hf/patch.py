@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, nn
 
 from .config import GripConfig
-from .engine.budgets import Budget, current, override
+from .engine.budgets import Budget, current, open_elsewhere, override
 from .engine.cache import returned, state_of
 from .engine.choice import Score
 from .engine.context import last_of
-from .engine.hooks import Boundary
+from .engine.hooks import Boundary, patch_of
 from .engine.last import LastCall
 from .engine.layers import check_layers
 from .engine.question import told
-from .engine.upstream import check_language_model
+from .engine.upstream import check_language_model, is_untested
 from .errors import CacheError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
 from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
@@ -60,12 +60,22 @@ class GripHandle:
         return f"GripHandle({type(self._parts.owner).__name__}, {self.config}{note})"
 
     def _budget(self) -> Budget:
-        return current(self) or Budget(self.config.keep_ratio, self.config.num_tokens)
+        budget = current(self)
+        if budget is None and open_elsewhere(self):
+            self._boundary.warn_once(
+                "a budget(...) or disabled() block is open in another thread and does not hold in this one. A thread "
+                "that was started inside the block takes it along by its context: "
+                "Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)"
+            )
+        return budget or Budget(self.config.keep_ratio, self.config.num_tokens)
 
     def budget(
         self, keep_ratio: float | Sequence[float] | None = None, num_tokens: int | Sequence[int] | None = None
     ) -> AbstractContextManager[None]:
         """Use another budget within a `with` block, in this thread only.
+
+        A thread that is started inside the block does not see it, unless it is given the context along:
+        `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)`.
 
         Args:
             keep_ratio: share of the visual tokens to keep, in (0, 1], or one per sample.
@@ -210,12 +220,13 @@ def apply_grip(
         The same model; its handle is `model.grip`.
 
     Raises:
-        UnsupportedModelError: The model's family is not supported, or cannot give what the selector needs.
+        UnsupportedModelError: The model's family is not supported, or cannot give what the selector needs; or the
+            installed transformers is newer than the newest tested, and a self-check of this family fails.
         ConfigError: A setting is not allowed, or a scorer is given beside another selector.
         ScorerError: The scorer is missing, damaged, or made for another model.
         HubError: The Hub repository cannot be read, or holds something else than JSON and safetensors.
     """
-    parts = find_parts(model)
+    parts = _whole(find_parts(model))
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     asked = resolve(parts, config, scorer, selector, overrides, hub)
     settings = asked.config
@@ -228,25 +239,49 @@ def apply_grip(
     check_language_model(parts.language_model)
     if getattr(chosen, "inside", False):
         check_layers(parts.language_model, chosen)  # type: ignore[arg-type]
-    handle = GripHandle(parts, settings, chosen, asked.scorer)
-    hooks = list(_prepare(chosen, parts))
+    if is_untested():
+        from .doctor.guard import vouch  # imported late: only then are tiny models needed
+
+        vouch(parts.owner.config, prune)
+    _attach(parts, settings, chosen, asked.scorer, asked.note)
+    return model
+
+
+def prune(model: nn.Module, selector: Score, keep_ratio: float) -> GripHandle:
+    """`apply_grip` without the self-check, for the self-check."""
+    return _attach(find_parts(model), GripConfig(keep_ratio=keep_ratio), selector, None)
+
+
+def _attach(parts: Parts, config: GripConfig, selector: Score, scorer: nn.Module | None, note: str = "") -> GripHandle:
+    """Put the patch on the model, in the place of an earlier one."""
+    handle = GripHandle(parts, config, selector, scorer)
+    hooks = list(_prepare(selector, parts))
     # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.
     remove_grip(parts.owner)
     handle._boundary.attach(hooks)
     handle._saver.attach()
-    if asked.note:
-        handle.note = asked.note
-        logger.warning("%s", asked.note)
+    if note:
+        handle.note = note
+        logger.warning("%s", note)
     parts.owner.grip = handle  # type: ignore[assignment]
-    return model
+    return handle
 
 
 def remove_grip(model: M) -> M:
     """Undo `apply_grip`; returns the model. A model without a patch is left alone."""
-    handle = unwrap(model).__dict__.get("grip")
-    if isinstance(handle, GripHandle):
-        handle.remove()
+    owner = unwrap(model)
+    for module in owner.modules() if isinstance(owner, nn.Module) else ():
+        for handle in (module.__dict__.get("grip"), getattr(patch_of(module), "key", None)):
+            if isinstance(handle, GripHandle):
+                handle.remove()
     return model
+
+
+def _whole(parts: Parts) -> Parts:
+    """The parts of the model to patch: where a patched model's base model was given, those of the model around it."""
+    patch = patch_of(parts.base)
+    around = patch is not None and patch.parts.owner is not parts.owner and parts.owner is parts.base
+    return patch.parts if patch is not None and around else parts
 
 
 def kept_tokens(cache_or_output: Any) -> list[Tensor]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tiny import HIDDEN, VIDEO_ID, build
 from transformers import AutoProcessor, BatchFeature, LlavaForConditionalGeneration
+from versions import TRAINING
 
 from grip_hf import GripScorer, apply_grip
 from grip_hf.errors import GripError
@@ -23,6 +24,8 @@ SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
 def load(name):
+    if name == "app":  # CI has the page's extra beside newer versions than the lowest
+        pytest.importorskip("gradio")
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -78,6 +81,7 @@ def test_custom_selector(run):
     assert out.count("centre_first keeps 18: ") == out.count("unusual keeps 18: ") == 3
 
 
+@TRAINING
 def test_train_warmup_and_push(run, tmp_path, hub):
     out = run("train_warmup", "--output", tmp_path, "--steps", 1, "--rows", 8, "--batch-size", 2, "--width", 16)
     assert f"scorer={str(tmp_path)!r}" in out
@@ -195,8 +199,7 @@ def test_the_page_brings_the_scorer_of_the_pocket_model(page):
 
 
 def test_the_page_says_what_is_wrong(page):
-    import gradio
-
+    gradio = pytest.importorskip("gradio")
     image = make_scene(3).image
     for arguments in ((None, "what", "grid", 25), (image, "  ", "grid", 25), (image, None, "grid", 25)):
         with pytest.raises(gradio.Error):
@@ -210,7 +213,7 @@ def test_the_page_says_what_is_wrong(page):
 
 @pytest.mark.parametrize("harm", ["text", "cut", "empty"])
 def test_a_file_that_is_no_picture_is_refused_on_the_page(tmp_path, harm):
-    import gradio
+    gradio = pytest.importorskip("gradio")
     from gradio.data_classes import ImageData
 
     path = tmp_path / "picture.png"

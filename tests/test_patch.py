@@ -12,6 +12,7 @@ from reference import held_positions, reference_generate, reference_logits
 from safetensors.torch import load_file
 from tiny import HIDDEN, IMAGE, IMAGE_ID, build, make_inputs, select_by_content
 from transformers import DynamicCache, LlavaForConditionalGeneration
+from versions import CACHE, RESET_EMPTIES
 
 from grip_hf import GripConfig, GripScorer, apply_grip, remove_grip
 from grip_hf.engine.context import publish
@@ -412,35 +413,37 @@ def test_taps_reach_the_selector_also_through_generate(model):
 def test_cropping_within_the_answer_and_within_the_picture(model):
     inputs = make_inputs("llava", [[3, IMAGE, 4]])
     apply_grip(model, keep_ratio=0.5, selector=select_by_content)
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE]
     length = cache.get_seq_length()
     held = held_positions(inputs, model.grip.kept_tokens(cache))
     cache.crop(-2)
     assert cache.get_seq_length() == length - 2
-    out = model(input_ids=inputs["input_ids"][:, -2:], past_key_values=cache)
+    out = model(input_ids=inputs["input_ids"][:, -2:], **{CACHE: cache})
     with pytest.raises(CacheError, match="cannot crop"):
         cache.crop(-10)
     assert cache.get_seq_length() == length
     remove_grip(model)
     torch.testing.assert_close(out.logits, reference_logits(model, inputs, held)[:, -2:], **CLOSE)
-    cache.reset()
-    assert cache.get_seq_length() == 0
+    plain = model(**inputs, use_cache=True)[CACHE]
+    for one in (cache, plain):
+        one.reset()
+    assert (plain.get_seq_length() == 0) == (cache.get_seq_length() == 0) == RESET_EMPTIES
 
 
 def test_batch_rows_of_a_cache_can_be_picked_and_repeated(model, inputs):
     apply_grip(model, keep_ratio=0.5, selector=select_by_content)
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE]
     kept = model.grip.kept_tokens(cache)
     cache.batch_repeat_interleave(2)
     assert all(torch.equal(a, kept[i // 2]) for i, a in enumerate(model.grip.kept_tokens(cache)))
     cache.batch_select_indices(torch.tensor([2, 4]))
     token = torch.tensor([[5], [5]])
     mask = torch.nn.functional.pad(inputs["attention_mask"][[1, 2]], (0, 1), value=1)
-    picked = model(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+    picked = model(input_ids=token, attention_mask=mask, **{CACHE: cache}).logits
     rows = {name: value[[1, 2]] for name, value in inputs.items() if name != "pixel_values"}
     rows["pixel_values"] = inputs["pixel_values"][1:]
-    again = model(**rows, use_cache=True).past_key_values
-    expected = model(input_ids=token, attention_mask=mask, past_key_values=again).logits
+    again = model(**rows, use_cache=True)[CACHE]
+    expected = model(input_ids=token, attention_mask=mask, **{CACHE: again}).logits
     torch.testing.assert_close(picked, expected, **CLOSE)
 
 

@@ -8,12 +8,14 @@ from rich.table import Table
 
 from grip_hf.cli import options
 from grip_hf.cli.bench import bench
+from grip_hf.cli.doctor import doctor
 from grip_hf.cli.eval import evaluate
 from grip_hf.cli.pareto import pareto
 from grip_hf.cli.screen import JsonFile, console, failures, in_folder, say, split_list
 from grip_hf.cli.serve import serve
 from grip_hf.cli.train import train
 from grip_hf.files import write_json, write_whole
+from grip_hf.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,12 +26,23 @@ app = typer.Typer(
 MORE = {"allow_extra_args": True, "ignore_unknown_options": True}  # what TRL knows; it refuses the rest
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"grip-hf {__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Fewer visual tokens for Hugging Face vision-language models."""
 
 
 app.command("bench")(bench)
+app.command("doctor")(doctor)
 app.command("eval")(evaluate)
 app.command("pareto")(pareto)
 app.command("serve")(serve)

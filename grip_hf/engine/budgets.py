@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -75,6 +76,8 @@ def _each(value: Any, check: Any, name: str) -> Any:
     return check(value)
 
 
+# (owner, thread) of each open block, so that a thread that was started inside one can be told that it is not in it.
+_open_blocks: list[tuple[object, int]] = []
 # A stack of (owner, budget), so that several models may be overridden at once. A context variable is private to each
 # thread and to each asyncio task, which makes budgets per call thread-safe.
 _stack: ContextVar[tuple[tuple[object, Budget], ...]] = ContextVar("grip_budgets", default=())
@@ -84,12 +87,21 @@ _stack: ContextVar[tuple[tuple[object, Budget], ...]] = ContextVar("grip_budgets
 def override(owner: object, budget: Budget) -> Iterator[None]:
     """Use `budget` for the model that `owner` belongs to within this block, in this thread."""
     token = _stack.set((*_stack.get(), (owner, budget)))
+    block = (owner, threading.get_ident())
+    _open_blocks.append(block)
     try:
         yield
     finally:
+        _open_blocks.remove(block)
         _stack.reset(token)
 
 
 def current(owner: object) -> Budget | None:
     """The innermost budget set for `owner` in this thread, if any."""
     return next((budget for key, budget in reversed(_stack.get()) if key is owner), None)
+
+
+def open_elsewhere(owner: object) -> bool:
+    """Whether a block is open for `owner` in another thread, which this one may have been started from."""
+    here = threading.get_ident()
+    return any(key is owner and thread != here for key, thread in tuple(_open_blocks))

@@ -115,6 +115,7 @@ class Boundary:
 
     def before_owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember what tells the answer from the prompt."""
+        _refuse_export()
         given = _bound(self.owner_parameters, args, kwargs)
         if _several(given) or interrupted():
             self._enter(given)
@@ -140,6 +141,7 @@ class Boundary:
 
     def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember what the visual tokens can be told from."""
+        _refuse_export()
         given = _bound(self.base_parameters, args, kwargs)
         if _several(given):
             self._remember(given)
@@ -296,6 +298,19 @@ def _several(given: dict[str, Any]) -> bool:
     ids = given.get("input_ids")
     tokens = given.get("inputs_embeds") if ids is None else ids
     return tokens is not None and tokens.shape[1] > 1
+
+
+def _refuse_export() -> None:
+    if torch.compiler.is_exporting():
+        raise GripError(
+            "a patched model cannot be exported, since which tokens stay depends on the data: remove_grip(model) first"
+        )
+
+
+def patch_of(module: nn.Module) -> Boundary | None:
+    """The patch whose hooks a module carries, if any."""
+    hooks = module._forward_pre_hooks.values()
+    return next((hook.boundary for hook in hooks if isinstance(hook, BoundaryHook)), None)
 
 
 def _forget_hook(module: nn.Module, number: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
@@ -25,8 +26,8 @@ TESTED = ("5.16.1", "5.19.0", "5.24.0")
 
 # The KV cache among arguments and outputs: `cache` since 5.24, `past_key_values` before (an alias until 5.40).
 CACHE_NAMES = ("cache", "past_key_values")
-# Pictures that were encoded before the call; since 5.18.
-ENCODED = "mm_encoder_outputs"
+# Pictures that were encoded before the call, and the release that brought them.
+ENCODED, ENCODED_SINCE = "mm_encoder_outputs", "5.18"
 # Arguments with which pictures or videos come, and the methods that encode them.
 PICTURES = ("pixel_values", "image_hidden_states")
 ENCODERS = ("get_image_features", "get_video_features")
@@ -54,6 +55,11 @@ packed_segments = find_packed_sequence_indices
 def versions() -> str:
     """The installed and the tested releases of transformers, for messages."""
     return f"transformers {transformers.__version__} is installed, {TESTED[0]} to {TESTED[-1]} are tested"
+
+
+def is_untested() -> bool:
+    """Whether the installed transformers is newer than the newest tested."""
+    return Version(transformers.__version__) > Version(TESTED[-1])
 
 
 def unknown(what: str) -> UnsupportedModelError:
@@ -87,6 +93,7 @@ def check_language_model(module: nn.Module) -> None:
     Raises:
         UnsupportedModelError: Its `forward` lacks an argument, or its caches have methods of another form.
     """
+    module = getattr(module, "original_module", module)  # inside the wrapper of PEFT's `modules_to_save`
     cache_name(module)
     known = inspect.signature(module.forward).parameters
     lacking = [name for name in NEEDED if name not in known]
@@ -189,6 +196,20 @@ def mask_sizes(
             setattr(layer, name, length)
     keys, offset = sizes(query_length, layer_idx)
     return (keys if layer.is_compileable else keys + dropped), offset
+
+
+def check_takes_encoded(module: nn.Module) -> None:
+    """Make sure that a module takes pictures that were encoded before the call; older releases ignore them in silence.
+
+    Raises:
+        UnsupportedModelError: transformers is older than 5.18, or the family is built otherwise.
+    """
+    if ENCODED in parameters(module):
+        return
+    what = f"{type(module).__name__} cannot take pictures that were encoded before"
+    if Version(transformers.__version__) < Version(ENCODED_SINCE):
+        what += f": training and `grip-hf eval` need transformers >= {ENCODED_SINCE}"
+    raise unknown(what)
 
 
 def removed_by_crop(argument: int, length: int) -> int:

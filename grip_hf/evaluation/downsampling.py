@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import check_num_tokens
 from ..engine.plan import make_plan, take
-from ..engine.upstream import ENCODED
+from ..engine.upstream import ENCODED, check_takes_encoded
 from ..errors import ConfigError, UnsupportedModelError
 from ..families.table import Parts, find_parts
 from ..families.towers import PREFIX
@@ -42,7 +42,7 @@ def downsample(
 
     Raises:
         ConfigError: `num_tokens` or `positions` is not allowed.
-        UnsupportedModelError: The tower is of another kind.
+        UnsupportedModelError: The tower is of another kind, or transformers is older than 5.18.
     """
     parts = check_square(model)
     config: Any = parts.base.config
@@ -78,6 +78,7 @@ def downsample(
 def check_square(model: Any) -> Parts:
     """The parts of a model whose pictures can be shrunk; raises `UnsupportedModelError` for any other."""
     parts = find_parts(model)
+    check_takes_encoded(parts.base)
     config: Any = parts.base.config
     vision = config.vision_config
     if config.model_type != "llava" or vision.model_type not in PREFIX:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 
-LIBRARIES = ("grip-hf", "torch", "transformers")
+from ..version import __version__
+
+LIBRARIES = ("torch", "transformers")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that figures depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    return {"python": platform.python_version(), "grip-hf": __version__, **{name: version(name) for name in LIBRARIES}}

@@ -98,10 +98,12 @@ def marked_tiles(scene: Scene) -> tuple[Tensor, Tensor]:
 def started_tiles(scene: Scene) -> tuple[Tensor, Tensor]:
     """One unbroken run per tile; a start token of its own begins each picture (Ovis2)."""
     positions = layout.grid_positions(layout.within_run(scene.visual) % scene.tile, scene.tile)
-    if scene.input_ids is None:
+    markers = scene.config.visual_indicator_token_ids
+    if scene.input_ids is None or not markers:
         return layout.run_index(scene.visual), positions
-    start = scene.config.visual_indicator_token_ids[0]
-    return (scene.input_ids.to(scene.visual.device) == start).long().cumsum(1) - 1, positions
+    # A prompt cut off before its first start token still begins with a picture.
+    started = (scene.input_ids.to(scene.visual.device) == markers[0]).long().cumsum(1) - 1
+    return started.clamp(min=0), positions
 
 
 def joined_tiles(scene: Scene) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..config import GripConfig
 from ..engine.context import attach_taps, attached_taps, encoding
 from ..engine.keepsets import VisualBatch
-from ..engine.upstream import ENCODED, parameters
-from ..errors import DatasetError, UnsupportedModelError
+from ..engine.upstream import ENCODED, check_takes_encoded
+from ..errors import DatasetError
 from ..families.table import find_parts
 from ..patch import apply_grip, remove_grip
 from .data import Example
@@ -38,7 +38,8 @@ class FrozenVLM:
         tap: Called with the model: registers hooks that publish extra rows per visual token, and returns them.
 
     Raises:
-        UnsupportedModelError: The family is unknown, or cannot take pictures that were encoded before.
+        UnsupportedModelError: The family is unknown, or cannot take pictures that were encoded before: none can in
+            transformers before 5.18.
     """
 
     def __init__(
@@ -50,8 +51,7 @@ class FrozenVLM:
         tap: Callable[[Any], Iterable[Any]] | None = None,
     ) -> None:
         self.parts = find_parts(model)
-        if ENCODED not in parameters(self.parts.base):
-            raise UnsupportedModelError(f"{type(model).__name__} cannot take pictures that were encoded before")
+        check_takes_encoded(self.parts.base)
         if getattr(processor, "chat_template", None) is None:
             raise DatasetError(f"the processor {type(processor).__name__} has no chat template to write prompts with")
         self.model, self.processor = model.eval().requires_grad_(False), processor

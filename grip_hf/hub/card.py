@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from PIL import Image
 
 from ..errors import ConfigError
 from ..tables import pivot
+from ..version import __version__
 
 TEMPLATE = "model_card_template.md"
 TAGS = ("grip", "visual-token-pruning", "trl")
@@ -119,7 +119,7 @@ def make_card(handle: Any, facts: Facts, repo: str | None = None, old: str | Non
         budget=f"{ratio} of the visual tokens" if config.keep_ratio is not None else f"{ratio} visual tokens",
         scorer=_describe(scorer),
         selector=config.selector,
-        version=version("grip-hf"),
+        version=__version__,
         results=_markdown(facts) if facts.results is not None else NOT_SAID["results"],
         training=facts.training or NOT_SAID["training"],
         picture=NOT_SAID["picture"] if facts.picture is None else f"![visual tokens that stay]({PICTURE})",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,11 +26,22 @@ from .hints import (
     position_features,
     sinusoid,
 )
-from .layers import Attention, Mlp, TextBlock, VisualBlock
+from .layers import Mlp, TextBlock, VisualBlock
+from .start import draw_weights, start_as_a_matcher
 
 BUDGET_WIDTH = 64
 _LOADING_FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _CONFIG_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
+
+
+def check_loading(info: Mapping[str, Any], path: str) -> None:
+    """Raise `ScorerError` if transformers' loading info says that weights were missing, unknown or of another shape.
+
+    What is missing would hold whatever was in memory: `GripScorer._init_weights` fills nothing.
+    """
+    wrong = {name: sorted(map(str, info[name])) for name in _LOADING_FAULTS if info.get(name)}
+    if wrong:
+        raise ScorerError(f"the weights at {path!r} do not fit this scorer: {wrong}")
 
 
 class GripScorerConfig(PreTrainedConfig):
@@ -96,33 +108,13 @@ class GripScorer(PreTrainedModel):
         self.blocks = nn.ModuleList(VisualBlock(*sizes, config.query_aware) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
         self.head = Mlp(width, width // 2 or 1, 1)
+        draw_weights(self)
+        if config.query_aware:
+            start_as_a_matcher(self.visual, self.words, [block.to_text for block in self.blocks])
         self.post_init()
-        self._start_as_a_matcher()
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Unit-variance linear layers; the last layer of every branch starts small, and so do the scores."""
-        if isinstance(module, nn.Linear):
-            module.weight.normal_(std=module.in_features**-0.5)
-            if module.bias is not None:
-                module.bias.zero_()
-        elif isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-        elif isinstance(module, Attention):
-            module.null.zero_()
-            module.output.weight.mul_(0.5)
-        elif isinstance(module, Mlp):
-            last: Any = module[2]
-            last.weight.mul_(0.2)
-
-    @torch.no_grad()
-    def _start_as_a_matcher(self) -> None:
-        """Let visual tokens and words start in one space, and queries equal to keys, so that like finds like."""
-        if self.config.query_aware:
-            self.words.weight.copy_(self.visual.weight)
-            for block in self.blocks:
-                attention: Any = block.to_text
-                attention.key.weight.copy_(attention.query.weight)
+        """Nothing: `__init__` has drawn the weights, and loading must leave the loaded ones alone."""
 
     def forward(
         self,
@@ -213,9 +205,7 @@ class GripScorer(PreTrainedModel):
         except Exception as error:
             raise ScorerError(f"cannot load a grip scorer from {path!r}: {error}") from error
         scorer, info = loaded
-        wrong = {name: sorted(map(str, info[name])) for name in _LOADING_FAULTS if info.get(name)}
-        if wrong:
-            raise ScorerError(f"the weights at {path!r} do not fit this scorer: {wrong}")
+        check_loading(info, path)
         broken = [name for name, weight in scorer.named_parameters() if not torch.isfinite(weight).all()]
         if broken:
             raise ScorerError(f"the weights at {path!r} are damaged: NaN or infinity in {broken}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import TrainingArguments
 from ..config import check_keep_ratio
 from ..errors import CheckpointError, ConfigError
 from ..files import write_json
+from ..version import __version__
 from .checks import check_settings
 from .grpo import DEFAULT_REWARDS, grpo_config, reward_functions
 from .importance import IMPORTANCES
@@ -141,7 +141,7 @@ def keep_plan(folder: Path, facts: dict[str, Any], write: bool = True) -> None:
                 f"{folder} holds a run of unknown settings, since it has no {PLAN}: give another output folder"
             )
         if write:
-            write_json(folder / PLAN, {"grip_hf": version("grip-hf"), "plan": facts})
+            write_json(folder / PLAN, {"grip_hf": __version__, "plan": facts})
         return
     apart = differences(known, facts)
     if apart:

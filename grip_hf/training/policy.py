@@ -4,13 +4,14 @@ The vocabulary is the visual tokens, a completion the list of those picked, in t
 number: the row of the example, which the policy looks up in a `SampleStore`. The store, and with it the frozen
 vision-language model, stays outside the module tree, so that checkpoints hold the scorer only.
 
-TRL calls the backbone and multiplies what it returns with the weight of the output embeddings. The backbone gives, for
-each pick, the scores of the tokens not picked yet, and the weight is the identity; log-probs, entropies and gradients
-are then exactly those of the Plackett-Luce distribution over the scores.
+TRL takes the logits, or (from 1.15 on) calls the backbone and multiplies what it returns with the weight of the output
+embeddings. The backbone gives, for each pick, the scores of the tokens not picked yet, and the weight is the identity;
+log-probs, entropies and gradients are then exactly those of the Plackett-Luce distribution over the scores.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
 import torch
@@ -25,14 +26,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from ..engine.keepsets import VisualBatch
 from ..frozen.store import SampleStore
-from ..scorer.model import GripScorer, GripScorerConfig
+from ..scorer.model import GripScorer, GripScorerConfig, check_loading
 
 # Not -inf: the identity head would make NaN of -inf * 0.
 GONE = -1e9
+# What the vocabulary holds besides the visual tokens: padding and the end of a keep-set. Neither is ever picked.
+EXTRA = ("<pad>", "</s>")
 
 
 def score_groups(scorer: nn.Module, batch: VisualBatch) -> Tensor:
@@ -138,9 +141,25 @@ class PruningPolicy(PreTrainedModel):
         """The scorer that is trained."""
         return self.backbone.scorer
 
+    @classmethod
+    def from_pretrained(  # the name of the first argument is upstream's
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> PruningPolicy:
+        """Load a policy that `save_pretrained` wrote.
+
+        Raises:
+            ScorerError: Weights are missing, unknown or of another shape.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        path = os.fspath(pretrained_model_name_or_path or "")
+        loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        policy, info = loaded
+        check_loading(info, path)
+        return loaded if wants_info else policy
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Loading makes modules without values first; the head's weight is not in the checkpoint.
+        # Of the head alone: its weight is in no checkpoint, and loading makes modules without values first.
         if isinstance(module, IdentityHead):
             weight: Any = module.weight
             module.weight = torch.eye(module.size, device=weight.device)
@@ -149,9 +168,19 @@ class PruningPolicy(PreTrainedModel):
         """The identity."""
         return self.head
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> BaseModelOutput:
-        """See `Backbone.forward`; TRL puts its own in this place."""
-        return self.backbone(input_ids, attention_mask, **kwargs)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> CausalLMOutput:
+        """Logits of the next pick; from TRL 1.15 on TRL puts its own function in this place.
+
+        Args:
+            input_ids: See `Backbone.forward`, as for `attention_mask`.
+            attention_mask: Likewise.
+            **kwargs: What else TRL gives a language model; not used.
+
+        Returns:
+            `logits` [B, 1 + K, num_actions + 2] float32: the scores, and -1e9 for padding and the end of a keep-set.
+        """
+        states = self.backbone(input_ids, attention_mask, **kwargs).last_hidden_state
+        return CausalLMOutput(logits=nn.functional.pad(states, (0, len(EXTRA)), value=GONE))
 
 
 AutoConfig.register(PruningPolicyConfig.model_type, PruningPolicyConfig)
@@ -161,7 +190,8 @@ AutoModelForCausalLM.register(PruningPolicyConfig, PruningPolicy)
 def keep_set_tokenizer(num_actions: int) -> PreTrainedTokenizerFast:
     """A tokenizer that writes a keep-set as its numbers, for TRL's log of completions."""
     vocabulary = {str(token): token for token in range(num_actions)}
-    vocabulary |= {"<pad>": num_actions, "</s>": num_actions + 1}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    vocabulary |= {token: num_actions + i for i, token in enumerate(EXTRA)}
+    pad, end = EXTRA
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=pad))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=end)

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from typer.testing import CliRunner
 
+import grip_hf
 from grip_hf.cli.app import app
 from grip_hf.pocket import load_pocket_llava, make_scene
 
@@ -67,7 +69,7 @@ def test_help_waits_for_no_model_library():
 import sys
 from typer.testing import CliRunner
 from grip_hf.cli.app import app
-for words in ([], *([name] for name in ("bench", "demo", "eval", "pareto", "train"))):
+for words in ([], *([name] for name in ("bench", "demo", "doctor", "eval", "pareto", "serve", "train"))):
     assert CliRunner().invoke(app, [*words, "--help"]).exit_code == 0
 assert not {"torch", "transformers", "numpy", "trl", "datasets"} & set(sys.modules), sorted(sys.modules)
 """
@@ -87,3 +89,9 @@ def test_a_picture_is_whole_or_not_there(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert result.exit_code == 1 and "cannot be written" in result.output and not list(tmp_path.iterdir())
+
+
+def test_the_version_is_that_of_the_installed_package():
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0 and result.output == f"grip-hf {metadata.version('grip-hf')}\n"
+    assert grip_hf.__version__ == metadata.version("grip-hf")

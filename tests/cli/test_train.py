@@ -10,6 +10,7 @@ import torch
 from classroom import build_vlm, rows
 from datasets import Dataset
 from typer.testing import CliRunner
+from versions import TRAINING
 
 from grip_hf.cli.app import app
 from grip_hf.patch import apply_grip
@@ -41,6 +42,7 @@ def command():
     return lambda *args: CliRunner().invoke(app, ["train", *map(str, args)])
 
 
+@TRAINING
 def test_a_model_and_dataset_of_ones_own_without_answers(command, model_folder, data_folder, tmp_path):
     own = ["--model", model_folder, "--dataset", data_folder, "--eval-examples", "3"]
     done = command("--output", tmp_path, *own, *SMALL, *SCORER)
@@ -118,6 +120,7 @@ def test_a_dry_run_measures_and_leaves_nothing(command, model_folder, tmp_path):
     assert 3000 * (each - 0.01) - 360 <= seconds <= 3000 * (each + 0.01) + 400
 
 
+@TRAINING
 def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
     pocket = ["--pocket", "--pocket-model", model_folder, "--rows", "18", "--eval-examples", "0"]
     done = command("--output", tmp_path, *pocket, *SMALL, *SCORER, "--method", "relaxed")
@@ -163,6 +166,7 @@ def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
         (["--pocket", "--report-to", "nowhere"], "nowhere is not supported"),
     ],
 )
+@TRAINING
 def test_bad_arguments(command, model_folder, data_folder, tmp_path, args, message):
     args = [arg.format(model=model_folder, data=data_folder) for arg in args]
     done = command("--output", tmp_path, "--cpu", *args)
@@ -170,6 +174,7 @@ def test_bad_arguments(command, model_folder, data_folder, tmp_path, args, messa
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("checkpoint-*"))
 
 
+@TRAINING
 def test_an_output_that_is_no_folder(command, tmp_path):
     (tmp_path / "file").write_text("mine")
     done = command("--output", tmp_path / "file", "--pocket", "--cpu", "--eval-examples", "0")
@@ -187,6 +192,7 @@ def run_script(args, processes=1, **env):
 
 
 @pytest.mark.slow
+@TRAINING
 def test_the_example_script(model_folder, data_folder, tmp_path):
     run_script([
         EXAMPLE, "--model_name_or_path", model_folder, "--dataset_name", data_folder, "--output_dir", tmp_path,
@@ -197,6 +203,7 @@ def test_the_example_script(model_folder, data_folder, tmp_path):
 
 
 @pytest.mark.slow
+@TRAINING
 def test_two_processes_agree(tmp_path):
     """One budget per group even where a group spans both processes, and equal weights on both at the end."""
     script = tmp_path / "two.py"

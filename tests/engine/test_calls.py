@@ -16,6 +16,7 @@ from reference import (
 )
 from tiny import EAGER_ONLY, IMAGE, TINY, build, join_pictures, make_inputs
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from versions import CACHE
 
 from grip_hf import remove_grip
 from grip_hf.errors import GripError
@@ -199,7 +200,7 @@ def test_caches_with_recurrent_layers(family):
     """Lengths are logical, a crop that fails changes nothing, and later rows must keep equal numbers of tokens."""
     model, inputs = build(family), make_inputs(family, ONE * 2)
     prune(model)
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE]
     state, length = cache.grip_states[0], inputs["input_ids"].shape[1]
     assert cache.get_seq_length() == length and cache.get_mask_sizes(1, 0) == (length + 1, 0)
     with pytest.raises(RuntimeError, match="crop"):
@@ -209,9 +210,9 @@ def test_caches_with_recurrent_layers(family):
     second["attention_mask"] = torch.ones(2, length + second["input_ids"].shape[1], dtype=torch.long)
     second["position_ids"] = torch.arange(length, second["attention_mask"].shape[1]).expand(2, -1)
     with model.grip.budget(num_tokens=[2, 4]), pytest.raises(GripError, match="fillers would change their state"):
-        model(**second, past_key_values=cache)
+        model(**second, **{CACHE: cache})
     with model.grip.disabled():
-        model(**second, past_key_values=cache)
+        model(**second, **{CACHE: cache})
 
 
 def test_token_types_of_another_length_are_refused():

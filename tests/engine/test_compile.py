@@ -5,6 +5,7 @@ import torch
 from tiny import IMAGE, build, make_inputs, select_by_content
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
+from versions import CACHE
 
 from grip_hf import apply_grip, remove_grip
 
@@ -62,7 +63,7 @@ def test_generate_at_a_fixed_budget(family):
 def prefill(model, inputs, compiled):
     cache = StaticCache(config=model.config, max_cache_len=inputs["input_ids"].shape[1] + 8)
     with torch.no_grad():
-        return compiled(**inputs, past_key_values=cache).logits
+        return compiled(**inputs, **{CACHE: cache}).logits
 
 
 def test_a_prefill_at_a_fixed_budget():

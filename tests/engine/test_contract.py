@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from asking import ONE, RAGGED
+from asking import ONE, RAGGED, assert_beams_start_alike
 from matrix import FAMILIES, UPSTREAM, lacking
 from reference import (
     assert_close,
@@ -20,6 +20,7 @@ from reference import (
 )
 from tiny import CORE, EAGER_ONLY, IMAGE, IMAGE_ID, LATE, TINY, build, join_pictures, make_inputs, select_by_content
 from transformers import DynamicCache
+from versions import CACHE, faults
 
 from grip_hf import apply_grip, remove_grip
 
@@ -83,7 +84,7 @@ def test_keeping_all_is_bit_identical(family, model, prompts):
 def test_half_equals_the_masked_model(family, model, prompts, scope):
     inputs = make_inputs(family, prompts)
     halve(model, scope=scope)
-    out = model(**inputs)
+    out = model(**inputs, use_cache=True)  # before 5.18 some models return none that they make by themselves
     kept = model.grip.kept_tokens(out)
     totals = visual_mask(inputs).sum(1)
     if scope == "sample":
@@ -101,12 +102,12 @@ def test_half_equals_the_masked_model(family, model, prompts, scope):
 @pytest.mark.parametrize("prompts", [ONE, RAGGED], ids=["one", "ragged"])
 def test_generation_equals_the_masked_model(family, model, prompts):
     inputs = make_inputs(family, prompts)
-    lacks = lacking("no cache", family, lambda: generate(model, inputs, use_cache=False))
+    lacks = lacking("no cache", family, lambda: assert_cache_is_equal_to_none(family, model, inputs))
     halve(model)
     out = generate(model, inputs, output_logits=True)
     uncached = out if lacks else generate(model, inputs, output_logits=True, use_cache=False)
     held = held_positions(inputs, model.grip.kept_tokens(out))
-    for layer in out.past_key_values.layers:
+    for layer in out[CACHE].layers:
         if getattr(layer, "keys", None) is not None:  # and the cache really is that small
             window = layer.sliding_window - 1 if layer.is_sliding else 10_000
             assert layer.keys.shape[2] == min(int(held.sum(1).max()) + 4, window)
@@ -115,6 +116,12 @@ def test_generation_equals_the_masked_model(family, model, prompts):
     for one in (out, uncached):
         assert torch.equal(one.sequences[:, -5:], tokens)
         assert_close(family, torch.stack(one.logits, 1), logits)
+
+
+def assert_cache_is_equal_to_none(family, model, inputs):
+    one, other = (generate(model, inputs, output_logits=True, use_cache=use) for use in (True, False))
+    assert torch.equal(one.sequences, other.sequences)
+    assert_close(family, torch.stack(one.logits), torch.stack(other.logits))
 
 
 def test_left_padded_rows_equal_single_runs(family, model):
@@ -140,12 +147,12 @@ def test_manual_decoding_step_by_step(family, model):
     held = held_positions(
         {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}, model.grip.kept_tokens(out)
     )
-    assert out.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+    assert out[CACHE].get_seq_length() == inputs["input_ids"].shape[1]
     tokens, logits = [], []
     for _ in range(4):
         logits.append(out.logits[:, -1])
         tokens.append(out.logits[:, -1].argmax(-1))
-        out = model(input_ids=tokens[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=tokens[-1][:, None], **{CACHE: out[CACHE]}, use_cache=True)
     remove_grip(model)
     full = {**inputs, "attention_mask": held.long()}
     positions = positions_and_next(model, {**full, "attention_mask": torch.ones_like(held).long()}, 4)
@@ -161,30 +168,27 @@ def test_manual_decoding_step_by_step(family, model):
 @pytest.mark.parametrize("prompts", [ONE, RAGGED], ids=["one", "ragged"])
 def test_beam_search_with_and_without_cache(family, model, prompts):
     inputs = make_inputs(family, prompts)
+
+    def search(**kwargs):
+        return generate(model, inputs, num_beams=3, num_return_sequences=2, output_scores=True, **kwargs)
+
+    def check(out):
+        uncached = search(use_cache=False)  # nothing of the cache's translation is used
+        assert torch.equal(out.sequences, uncached.sequences)
+        assert_close(family, out.sequences_scores, uncached.sequences_scores)
+
+    lacks = lacking("no cache", family, lambda: check(search()))
+    if len(prompts) > 1:
+        lacks |= lacking("beam search", family, lambda: assert_beams_start_alike(model, inputs))
+    else:
+        lacks |= lacking("beams of one picture", family, lambda: check(search()))
+    if lacks and faults("beam search", family):
+        return  # not even with a cache do beams have their own pictures
     halve(model)
-    out = generate(model, inputs, num_beams=3, num_return_sequences=2, output_scores=True)
+    out = search()
     assert len(model.grip.kept_tokens(out)) == 3 * len(prompts)
-    if family in UPSTREAM["no cache"]:
-        return
-    # Without a cache nothing of the cache's translation is used.
-    uncached = generate(model, inputs, num_beams=3, num_return_sequences=2, output_scores=True, use_cache=False)
-    if family in UPSTREAM["beam search"] and len(prompts) > 1:
-        remove_grip(model)
-        assert beams_mix_pictures(model, inputs)
-        return
-    assert torch.equal(out.sequences, uncached.sequences)
-    assert_close(family, out.sequences_scores, uncached.sequences_scores)
-
-
-def beams_mix_pictures(model, inputs):
-    """Whether the beams of one prompt start from different embeddings in this model."""
-    seen = []
-    hook = model.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
-    )
-    generate(model, inputs, num_beams=2, use_cache=False)
-    hook.remove()
-    return not torch.equal(seen[0][::2], seen[0][1::2])
+    if not lacks:
+        check(out)
 
 
 def test_loss_with_labels(family, model):
@@ -192,7 +196,7 @@ def test_loss_with_labels(family, model):
     first = inputs["attention_mask"].cumsum(1) <= 1  # padding, and the first token, which nothing predicts
     labels = inputs["input_ids"].masked_fill(first | visual_mask(inputs), -100)
     halve(model)
-    out = model(**inputs, labels=labels)
+    out = model(**inputs, labels=labels, use_cache=True)
     held = held_positions(inputs, model.grip.kept_tokens(out))
     remove_grip(model)
     logits = reference_logits(model, inputs, held)
@@ -222,7 +226,7 @@ def test_gradients_reach_the_embeddings(family, model):
 def test_text_turn_on_the_same_cache(family, model):
     inputs = make_inputs(family, ONE)
     halve(model)
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE]
     held = held_positions(inputs, model.grip.kept_tokens(cache))
     more = torch.tensor([[11, 12, 13]])
     start = inputs["input_ids"].shape[1]
@@ -231,7 +235,7 @@ def test_text_turn_on_the_same_cache(family, model):
         input_ids=more,
         attention_mask=torch.ones(1, start + 3, dtype=torch.long),
         position_ids=positions[..., start:],
-        past_key_values=cache,
+        **{CACHE: cache},
     )
     assert cache.get_seq_length() == start + 3
     remove_grip(model)
@@ -259,7 +263,7 @@ def test_picture_in_a_second_turn(family, model):
         first.pop(TINY[family].types, None)  # here all attention is causal
     halve(model)
     turn = generate(model, first)
-    cache = turn.past_key_values
+    cache = turn[CACHE]
     kept_first = model.grip.kept_tokens(cache)[0]
     assert cache.get_seq_length() == turn.sequences.shape[1] - 1  # the last token has not been seen yet
     second = make_inputs(family, [[2, IMAGE, 3]], seed=5)
@@ -282,7 +286,7 @@ def test_picture_in_a_second_turn(family, model):
         input_ids=ids[:, start:],
         attention_mask=chat["attention_mask"],
         position_ids=positions[..., start:-4],
-        past_key_values=cache,
+        **{CACHE: cache},
     )
     kept = model.grip.kept_tokens(cache)[0]
     total = int((first["input_ids"] == IMAGE_ID).sum())
@@ -299,7 +303,7 @@ def test_budgets_per_call_and_per_sample(family, model):
     totals = visual_mask(inputs).sum(1).tolist()
 
     def counts(**call):
-        return [len(kept) for kept in model.grip.kept_tokens(model(**inputs, **call))]
+        return [len(kept) for kept in model.grip.kept_tokens(model(**inputs, **call, use_cache=True))]
 
     with model.grip.budget(num_tokens=2):
         assert counts() == [2, 2, 0]
@@ -348,11 +352,11 @@ def test_caches_copy_and_pickle(family, model):
         "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
         "position_ids": positions_and_next(model, inputs, 1)[..., -1:],
     }
-    copies = [copy.deepcopy(out.past_key_values), pickle.loads(pickle.dumps(out.past_key_values))]
-    expected = model(**step, past_key_values=out.past_key_values).logits
+    copies = [copy.deepcopy(out[CACHE]), pickle.loads(pickle.dumps(out[CACHE]))]
+    expected = model(**step, **{CACHE: out[CACHE]}).logits
     for cache in copies:
-        assert type(cache) is type(out.past_key_values) and isinstance(cache, DynamicCache)
-        assert torch.equal(model(**step, past_key_values=cache).logits, expected)
+        assert type(cache) is type(out[CACHE]) and isinstance(cache, DynamicCache)
+        assert torch.equal(model(**step, **{CACHE: cache}).logits, expected)
 
 
 def test_nothing_is_left_after_removal(family, attention):
@@ -393,14 +397,14 @@ def test_an_exception_leaves_no_trace(family, model, where):
     def fail(*_):
         raise RuntimeError("on purpose")
 
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE]
     length = cache.get_seq_length()
     hook = module.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         model(**inputs)
     if where == "language":
         with pytest.raises(RuntimeError, match="on purpose"):
-            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[5]]), **{CACHE: cache})
         taken = 0 if is_recurrent(model) else 1  # layer 0 has taken the token; recurrent layers count none
         assert cache.get_seq_length() == length + taken
     hook.remove()

@@ -9,6 +9,7 @@ from matrix import KINDS, every_family, lacking
 from reference import assert_close
 from tiny import build, make_inputs, select_by_content
 from transformers import StaticCache
+from versions import CACHE
 
 from grip_hf import apply_grip, remove_grip
 from grip_hf.engine.cache import PrunedCache
@@ -27,13 +28,18 @@ def assert_same(family, one, other):
 def test_static_cache(family, attention, prompts):
     model, inputs = build(family, attention), make_inputs(family, prompts)
     in_static_cache = {"cache_implementation": "static", "disable_compile": True}
-    if lacking("static cache", family, lambda: generate(model, inputs, **in_static_cache)):
+
+    def check():
+        dynamic = generate(model, inputs)
+        static = generate(model, inputs, **in_static_cache)
+        assert_same(family, static, dynamic)
+        return static[CACHE]
+
+    if lacking("static cache", family, check):
         return
     prune(model)
-    dynamic = generate(model, inputs)
-    static = generate(model, inputs, **in_static_cache)
-    assert isinstance(static.past_key_values, StaticCache) and isinstance(static.past_key_values, PrunedCache)
-    assert_same(family, static, dynamic)
+    cache = check()
+    assert isinstance(cache, StaticCache) and isinstance(cache, PrunedCache)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
@@ -74,9 +80,15 @@ def test_neither_candidates_nor_logits_to_keep_change_the_question():
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "cohere2_vision"])
 def test_static_cache_copies(family):
     model, inputs = build(family), make_inputs(family, RAGGED)
+
+    def fill():
+        cache = StaticCache(config=model.config, max_cache_len=inputs["input_ids"].shape[1] + 8)
+        return cache, model(**inputs, **{CACHE: cache})
+
+    if lacking("static cache", family, fill):
+        return
     prune(model)
-    cache = StaticCache(config=model.config, max_cache_len=inputs["input_ids"].shape[1] + 8)
-    out = model(**inputs, past_key_values=cache)
+    cache, out = fill()
     assert cache.get_seq_length() == inputs["input_ids"].shape[1]
     twin = copy.deepcopy(cache)
     assert int(twin.get_seq_length()) == int(cache.get_seq_length())
@@ -99,7 +111,7 @@ def test_decoding_compiles_to_one_graph():
     compiled = torch.compile(lambda **step: model(**step), backend=count, fullgraph=True)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(**inputs, position_ids=positions, past_key_values=cache).logits[:, -1]
+    logits = model(**inputs, position_ids=positions, **{CACHE: cache}).logits[:, -1]
     for step in range(4):
         assert_close("llava", logits, plain.logits[step])
         token = logits.argmax(-1, keepdim=True)
@@ -107,7 +119,7 @@ def test_decoding_compiles_to_one_graph():
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         positions = positions[:, -1:] + 1
         prepared = model.prepare_inputs_for_generation(
-            ids, next_sequence_length=1, past_key_values=cache, attention_mask=mask, position_ids=positions
+            ids, next_sequence_length=1, **{CACHE: cache}, attention_mask=mask, position_ids=positions
         )
         logits = compiled(**prepared).logits[:, -1]
     assert len(graphs) == 1 and model.forward == eager

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from reference import LOOSE, held_positions, lengthen_types, positions_and_next, reference_logits
 from tiny import IMAGE, IMAGE_ID, build, make_inputs, select_by_content
 from transformers import StaticCache
+from versions import CACHE, faults
 
 from grip_hf import apply_grip, remove_grip
 
@@ -69,12 +70,13 @@ def check(family, attention, prompts, budget, scope, static, history):
     length = inputs["input_ids"].shape[1]
     ids = torch.cat([inputs["input_ids"], torch.full((len(prompts), more), 7)], 1)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, more), value=1)
+    static = static and not faults("static cache", family)
     cache = StaticCache(config=model.config, max_cache_len=length + more) if static else None
     try:
         apply_grip(model, selector=select_by_content, scope=scope, **budget)
         with torch.no_grad():
-            out = model(**inputs, position_ids=positions[..., :length], past_key_values=cache, use_cache=True)
-            kept, cache = model.grip.kept_tokens(out), out.past_key_values
+            out = model(**inputs, position_ids=positions[..., :length], **{CACHE: cache}, use_cache=True)
+            kept, cache = model.grip.kept_tokens(out), out[CACHE]
             logits, end, rows = [out.logits], length, torch.arange(len(prompts))
             for one in history:
                 if one == "copy":
@@ -88,7 +90,7 @@ def check(family, attention, prompts, budget, scope, static, history):
                     now = slice(end, end + one)
                     call = {"input_ids": ids[rows, now], "attention_mask": mask[rows, : end + one]}
                     call["position_ids"] = positions[..., rows, now]
-                    logits.append(model(**call, past_key_values=cache).logits[rows.argsort()])
+                    logits.append(model(**call, **{CACHE: cache}).logits[rows.argsort()])
                     end += one
     finally:
         remove_grip(model)

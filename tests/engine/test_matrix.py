@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from matrix import COLUMNS, FAMILIES, REFUSED, UPSTREAM, table
-from tiny import VARIANTS
+from matrix import COLUMNS, REFUSED, UPSTREAM, table
+from tiny import EVERY, VARIANTS
 
 from grip_hf.families import table as architectures
 
@@ -16,7 +16,7 @@ def test_the_readme_has_the_table_of_the_tests():
 
 
 def test_limits_are_about_families_and_columns():
-    assert {VARIANTS.get(name, name) for name in FAMILIES} == set(architectures.FAMILIES)
+    assert {VARIANTS.get(name, name) for name in EVERY} == set(architectures.FAMILIES)
     for limits in (UPSTREAM, REFUSED):
         assert set(limits) <= {*COLUMNS, "logits_to_keep"}
-        assert all(set(families) <= set(FAMILIES) for families in limits.values())
+        assert all(set(families) <= set(EVERY) for families in limits.values())

@@ -1,11 +1,14 @@
 """Models whose weights accelerate keeps elsewhere until they are needed: in memory, on disk, or by a device map."""
 
+import contextlib
+
 import accelerate
 import pytest
 import torch
 from asking import RAGGED, prune
 from tiny import build, make_inputs
 from transformers import AutoModelForImageTextToText
+from versions import NO_TRAINING
 
 from grip_hf import remove_grip
 
@@ -36,7 +39,7 @@ WAYS = {
 
 def lacks_newline(family, way):
     """Whether upstream's `generate` fails: it encodes pictures before accelerate has loaded `image_newline`."""
-    return family == "llava_next" and way in ("cpu_offload", "disk_offload")
+    return family == "llava_next" and way in ("cpu_offload", "disk_offload") and not NO_TRAINING
 
 
 def hooks(model):
@@ -91,7 +94,8 @@ def test_upstream_lacks_the_newline(tmp_path, way, patched):
     if patched:
         prune(model)
     WAYS[way](model, tmp_path)
-    with pytest.raises(NotImplementedError, match="meta tensor"):
+    encodes_first = pytest.raises(NotImplementedError, match="meta tensor")
+    with encodes_first if lacks_newline("llava_next", way) else contextlib.nullcontext():
         answers(model, make_inputs("llava_next", RAGGED))
 
 

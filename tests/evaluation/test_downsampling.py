@@ -4,9 +4,12 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from versions import TRAINING
 
 from grip_hf.errors import ConfigError, UnsupportedModelError
 from grip_hf.evaluation.downsampling import downsample, middle_patches
+
+pytestmark = TRAINING
 
 PROMPTS = [[3, tiny.IMAGE, 4], [tiny.IMAGE, 2, tiny.IMAGE, 3, 5]]
 

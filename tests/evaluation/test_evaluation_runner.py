@@ -8,6 +8,7 @@ import torch
 import typer
 from classroom import TOKENS, build_vlm, make_scorer, rows
 from typer.testing import CliRunner
+from versions import TRAINING
 
 from grip_hf.cli.eval import evaluate as eval_command
 from grip_hf.config import ConfigError
@@ -22,6 +23,8 @@ from grip_hf.pocket.examples import PocketExamples
 from grip_hf.pocket.model import WEIGHTS
 from grip_hf.scorer.model import ScorerError
 from grip_hf.selectors import SELECTORS, get_selector
+
+pytestmark = TRAINING
 
 RATIOS = (0.5, 0.2)
 

@@ -9,6 +9,7 @@ import torch
 import typer
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
+from versions import TRAINING
 
 from grip_hf import apply_grip
 from grip_hf.cli.bench import WIDE, bench
@@ -84,6 +85,7 @@ def test_the_pocket_shape_is_that_of_the_pocket_model():
     }
 
 
+@TRAINING
 def test_downsampling_gives_the_tower_smaller_pictures():
     one = tiny_bench(("downsampling",))
     seen = []

@@ -2,8 +2,17 @@
 
 import pytest
 import torch
-from tiny import IMAGE, IMAGE_ID, TINY, VARIANTS, build, make_inputs
-from transformers import AutoConfig, AutoModelForImageTextToText, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from tiny import EVERY, IMAGE, IMAGE_ID, TINY, VARIANTS, build, make_inputs
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from versions import ABSENT
 
 from grip_hf import apply_grip
 from grip_hf.errors import UnsupportedModelError
@@ -175,7 +184,11 @@ def test_vision_tower_alone_is_refused():
 
 
 def test_every_family_has_a_tiny_model():
-    assert set(FAMILIES) == set(TINY) - set(VARIANTS) and set(TINY) == set(EXPECTED)
+    assert set(FAMILIES) == set(EVERY) - set(VARIANTS) and set(EVERY) == set(EXPECTED)
+
+
+def test_families_that_are_absent_are_those_that_transformers_lacks():
+    assert {name for name in FAMILIES if name not in CONFIG_MAPPING} == ABSENT == set(EVERY) - set(TINY)
 
 
 @pytest.mark.parametrize("family", sorted(TINY))

@@ -2,12 +2,15 @@ import pytest
 import torch
 from classroom import HIDDEN, TOKENS, build_vlm, make_store, picture, rows
 from transformers import PreTrainedTokenizerFast
+from versions import TRAINING
 
 from grip_hf.frozen.data import DatasetError, DatasetExamples, Example
 from grip_hf.frozen.samples import answer_ids, stack_visual
 from grip_hf.frozen.store import SampleStore, compare
 from grip_hf.frozen.vlm import FrozenVLM
 from grip_hf.patch import apply_grip
+
+pytestmark = TRAINING
 
 
 @pytest.fixture

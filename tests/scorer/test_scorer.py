@@ -10,6 +10,7 @@ from torch import nn
 
 from grip_hf.errors import ScorerError
 from grip_hf.scorer.hints import hints, position_features, standardize
+from grip_hf.scorer.layers import Attention
 from grip_hf.scorer.model import GripScorer, GripScorerConfig
 
 TINY = {"hidden_size": 12, "width": 16, "attention_width": 8, "num_heads": 2}
@@ -290,3 +291,38 @@ def test_missing_folder_and_loose_loading_are_refused(tmp_path):
     for loose in ({"ignore_mismatched_sizes": True}, {"trust_remote_code": True}, {"use_safetensors": False}):
         with pytest.raises(ScorerError, match="safetensors only"):
             GripScorer.from_pretrained(tmp_path, **loose)
+
+
+def test_every_weight_is_loaded_as_it_was_saved(tmp_path):
+    """Bit by bit; nothing is drawn again, and no random number is used up."""
+    scorer = tiny_scorer(num_layers=2)
+    with torch.no_grad():
+        for weight in scorer.parameters():  # no bias, norm or null key is as it starts
+            weight.add_(torch.rand_like(weight))
+    scorer.save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    loaded = GripScorer.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert loaded.state_dict().keys() == scorer.state_dict().keys()
+    for name, weight in scorer.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+
+
+def test_first_weights():
+    """As the docstring of `draw_weights` says; the same for the same seed."""
+    torch.manual_seed(5)
+    scorer = GripScorer(GripScorerConfig(hidden_size=512))
+    torch.manual_seed(5)
+    again = GripScorer(GripScorerConfig(hidden_size=512))
+    attentions = {f"{name}.output.weight" for name, part in scorer.named_modules() if isinstance(part, Attention)}
+    assert attentions and all(torch.equal(a, b) for a, b in zip(scorer.parameters(), again.parameters(), strict=True))
+    for name, weight in scorer.named_parameters():
+        if weight.ndim == 2 and not name.endswith("null"):
+            expected = weight.shape[1] ** -0.5 * (0.5 if name in attentions else 1)
+            assert float(weight.std()) == pytest.approx(expected, rel=0.2 if weight.numel() < 1000 else 0.05), name
+        else:
+            assert bool((weight == (1 if "norm" in name and name.endswith("weight") else 0)).all()), name
+    assert torch.equal(scorer.words.weight, scorer.visual.weight)
+    block = scorer.blocks[0]
+    assert torch.equal(block.to_text.key.weight, block.to_text.query.weight)
+    assert not torch.equal(block.to_visual.key.weight, block.to_visual.query.weight)

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from batches import one_group
+from versions import CACHE
 
 from grip_hf import apply_grip, remove_grip
 from grip_hf.errors import ConfigError, GripError, UnsupportedModelError
@@ -144,7 +145,7 @@ def test_cached_decoding_sees_the_same_tokens(name, attention, settings):
     long = {first: torch.nn.functional.pad(dropped, (0, new)) for first, dropped in gone.items()}
     expected = masked_run(plain, whole, long).logits[:, -new - 1 : -1]
     torch.testing.assert_close(torch.stack(found.logits, 1), expected, atol=1e-4, rtol=1e-3)
-    lengths = [layer.get_seq_length() for layer in found.past_key_values.layers]
+    lengths = [layer.get_seq_length() for layer in found[CACHE].layers]
     assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
     beams = model.generate(**inputs, max_new_tokens=3, num_beams=3, eos_token_id=None)
     again = model.generate(**inputs, max_new_tokens=3, num_beams=3, eos_token_id=None)
@@ -246,9 +247,9 @@ def test_a_failed_call_leaves_nothing_behind():
             model(**inputs)
         broken.remove()
         token = first.logits[:, -1:].argmax(-1)
-        after = model(input_ids=token, past_key_values=first.past_key_values).logits
+        after = model(input_ids=token, **{CACHE: first[CACHE]}).logits
         again = model(**inputs, use_cache=True)
-        assert torch.equal(after, model(input_ids=token, past_key_values=again.past_key_values).logits)
+        assert torch.equal(after, model(input_ids=token, **{CACHE: again[CACHE]}).logits)
 
 
 def test_bad_use_is_refused():
@@ -263,7 +264,7 @@ def test_bad_use_is_refused():
         apply_grip(model, selector="fastv", selector_kwargs={"layers": 9}, num_tokens=4)
     apply_grip(model, selector="fastv", num_tokens=4)
     inputs = tiny.make_inputs("llava", PROMPTS[:1])
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE]
     twice = {**inputs, "attention_mask": torch.ones(1, 2 * inputs["input_ids"].shape[1], dtype=torch.long)}
     with pytest.raises(GripError, match="cannot take pictures after the first call"):
-        model(**twice, past_key_values=cache)
+        model(**twice, **{CACHE: cache})

@@ -1,88 +1,38 @@
-"""Tiny models of every supported family, built in code, and inputs for them.
-
-    model = build("llava", attention="eager")
-    inputs = make_inputs("llava", [[3, IMAGE, 4], [5]], seed=0)
-
-A prompt is a list of parts: an int n stands for n random text tokens, `IMAGE` for one picture. Rows are left-padded.
-"""
+"""The tiny models of `grip_hf.doctor`, for tests and for scripts beside them: `import tiny; tiny.build("llava")`."""
 
 import torch
-from tiny_core import CORE, END_ID, HIDDEN, IMAGE, IMAGE_ID, PAD, START_ID, TEXT, VIDEO_ID, VISION, VOCAB
-from tiny_late import LATE
-from tiny_more import MORE
 from transformers import AutoModelForImageTextToText
 
-__all__ = ["CORE", "EAGER_ONLY", "HIDDEN", "IMAGE", "IMAGE_ID", "LATE", "PAD", "TEXT", "TINY", "VARIANTS"]
-__all__ += ["VIDEO_ID", "VISION", "VOCAB", "build", "join_pictures", "make_inputs", "select_by_content"]
+from grip_hf.doctor.pictures import END_ID, IMAGE_ID, PAD, START_ID, VIDEO_ID
+from grip_hf.doctor.tiny import EAGER_ONLY, VARIANTS, is_present, join_pictures, make, make_inputs, select_by_content
+from grip_hf.doctor.tiny import TINY as ALL
+from grip_hf.doctor.tiny_core import CORE, HIDDEN, IMAGE, TEXT, VISION, VOCAB
+from grip_hf.doctor.tiny_late import LATE
+from grip_hf.doctor.tiny_more import MORE
 
-TINY = {**CORE, **MORE, **LATE}
-EAGER_ONLY = {"got_ocr2", "paligemma2"}  # transformers has no other attention for them
-VARIANTS = {"paligemma2": "paligemma"}  # of the same family with another text decoder
+__all__ = [
+    "CORE",
+    "EAGER_ONLY",
+    "END_ID",
+    "EVERY",
+    "HIDDEN",
+    "IMAGE",
+    "IMAGE_ID",
+    "LATE",
+    "MORE",
+    "PAD",
+    "START_ID",
+    "TEXT",
+    "AutoModelForImageTextToText",
+]
+__all__ += ["TINY", "VARIANTS", "VIDEO_ID", "VISION", "VOCAB", "build", "join_pictures", "make_inputs"]
+__all__ += ["select_by_content"]
+
+EVERY = sorted(ALL)
+TINY = {name: tiny for name, tiny in ALL.items() if is_present(name)}  # what the installed transformers has
 
 
 def build(family, attention="sdpa", seed=0, dtype=torch.float32):
-    """Build a tiny model in eval mode; the same weights for the same seed."""
-    attention = "eager" if family in EAGER_ONLY else attention
+    """Build a tiny model in eval mode; the same weights for the same seed, which random numbers go on from."""
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(TINY[family].config(), attn_implementation=attention, dtype=dtype)
-    with torch.no_grad():
-        model.lm_head.weight[89:] = 0  # such a model never says a placeholder or marker token
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = PAD
-    return model.eval()
-
-
-def make_inputs(family, prompts, seed=0, pad_to=None):
-    """Inputs for a left-padded batch; each prompt is a list of ints (that many text tokens) and `IMAGE`.
-
-    A prompt's text and pictures depend on the seed and the prompt's own content only, so that a row of a batch can be
-    compared with the same prompt alone.
-    """
-    rows, pictures = [], []
-    for prompt in prompts:
-        count = prompt.count(IMAGE)
-        arguments, runs = TINY[family].pictures(count, seed + 7 * len(prompt)) if count else ({}, [])
-        generator = torch.Generator().manual_seed(seed + 1000 * len(prompt))
-        runs, row = iter(runs), []
-        for part in prompt:
-            text = torch.randint(3, 89, (part,), generator=generator).tolist() if part != IMAGE else next(runs)
-            row += text
-        rows.append(row)
-        if count:
-            pictures.append(arguments)
-    length = max(max(map(len, rows)), pad_to or 0)
-    ids = torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    inputs = {"input_ids": ids, "attention_mask": mask, **join_pictures(family, pictures)}
-    if TINY[family].types is not None:
-        text, picture, _ = TINY[family].type_ids
-        inputs[TINY[family].types] = torch.where(ids == IMAGE_ID, picture, text).int()
-    if TINY[family].experts:
-        around = torch.tensor([START_ID, IMAGE_ID, END_ID])
-        inputs["moe_mm_token_type_ids"] = torch.isin(ids, around).int()
-    return inputs
-
-
-def join_pictures(family, pictures):
-    """Picture arguments of several prompts as one batch, or of several turns that are not `stacked` as one prompt."""
-    if not pictures:
-        return {}
-    if TINY[family].stacked:  # empty pictures are zeros
-        most = max(one["pixel_values"].shape[1] for one in pictures)
-        pad = [
-            torch.nn.functional.pad(p["pixel_values"], (0,) * 7 + (most - p["pixel_values"].shape[1],))
-            for p in pictures
-        ]
-        return {"pixel_values": torch.cat(pad)}
-    joined = {name: torch.cat([one[name] for one in pictures]) for name in pictures[0]}
-    if TINY[family].crops:  # numbers of patches go on from prompt to prompt
-        ends = torch.tensor([len(one["image_grids"]) * TINY[family].crops for one in pictures]).cumsum(0).tolist()
-        parts = [one["image_token_pooling"] + start for one, start in zip(pictures, [0, *ends], strict=False)]
-        joined["image_token_pooling"] = torch.cat(parts)
-    return joined
-
-
-def select_by_content(batch):
-    """A selector for tests: scores depend on each token alone, without ties or dependence on the batch."""
-    weights = torch.linspace(-1, 1, batch.tokens.shape[-1], dtype=batch.tokens.dtype)
-    return (batch.tokens * weights).sum(-1).float()
+    return make(family, attention, dtype)

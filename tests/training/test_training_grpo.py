@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from classroom import TOKENS, make_scorer, make_store
+from versions import TRAINING
 
 from grip_hf.config import ConfigError
 from grip_hf.training.checkpoints import last_checkpoint
@@ -11,6 +12,8 @@ from grip_hf.training.policy import score_groups
 from grip_hf.training.rewards import RewardError
 from grip_hf.training.supervised import training_arguments
 from grip_hf.training.warmup import WarmupTrainer
+
+pytestmark = TRAINING
 
 
 @pytest.fixture(scope="module")

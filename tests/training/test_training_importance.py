@@ -1,9 +1,12 @@
 import pytest
 import torch
 from classroom import TOKENS, build_vlm, make_store, rows
+from versions import TRAINING
 
 from grip_hf.errors import UnsupportedModelError
 from grip_hf.training.importance import attention_importance, combined_importance, gradient_importance, spread_out
+
+pytestmark = TRAINING
 
 
 @pytest.fixture(scope="module")

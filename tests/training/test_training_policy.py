@@ -4,10 +4,11 @@ import pytest
 import torch
 from classroom import TOKENS, build_vlm, make_scorer, make_store, rows
 from plackett_luce import entropy, log_prob
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from trl.trainer.utils import add_fused_lm_head
+from versions import FUSED, TRAINING
 
+from grip_hf.errors import ScorerError
 from grip_hf.frozen.data import DatasetExamples
 from grip_hf.frozen.store import SampleStore
 from grip_hf.frozen.vlm import FrozenVLM
@@ -36,31 +37,51 @@ def store():
     return make_store()
 
 
-def ask(policy, picks, row, lengths=None):
-    """TRL's per-token log-probs and entropies of lists of picks [B, K] about one row."""
+def ask(policy, ids, mask):
+    """Per-token log-probs and entropies of lists of picks `ids` [B, 1 + K], as TRL finds them in this policy."""
+    if hasattr(policy, "fused"):
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, 0] = -100
+        out = policy(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+        return out.log_probs[:, 1 - ids.shape[1] :], out.entropy[:, 1 - ids.shape[1] :]
+    logs = (policy(input_ids=ids, attention_mask=mask).logits[:, :-1] / TEMPERATURE).log_softmax(-1)
+    real = mask[:, 1:]
+    return logs.gather(2, ids[:, 1:, None])[..., 0] * real, -(logs.exp() * logs).sum(-1) * real
+
+
+def ask_about(policy, picks, row, lengths=None):
+    """The same of lists of picks [B, K] about one row, of which the first `lengths` are real."""
     ids = torch.cat([torch.full((len(picks), 1), row), picks], 1)
     mask = torch.ones_like(ids)
     for i, length in enumerate(lengths or []):
         mask[i, 1 + length :] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, 0] = -100
-    out = policy(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
-    return out.log_probs[:, -picks.shape[1] :], out.entropy[:, -picks.shape[1] :]
+    return ask(policy, ids, mask)
 
 
-def fused(scorer, store, num_actions):
-    policy = PruningPolicy.around(scorer, store, num_actions)
-    add_fused_lm_head(policy, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
-    return policy
+@pytest.fixture(params=["logits", pytest.param("fused", marks=FUSED)])
+def scored(request):
+    """Makes a policy that is asked in one of the two ways that releases of TRL have."""
+
+    def make(scorer, store, num_actions):
+        policy = PruningPolicy.around(scorer, store, num_actions)
+        if request.param == "fused":
+            from trl.trainer.utils import add_fused_lm_head
+
+            add_fused_lm_head(policy, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
+            policy.fused = True
+        return policy
+
+    return make
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_log_probs_and_entropies_equal_brute_force_over_all_lists(store, count):
+@TRAINING
+def test_log_probs_and_entropies_equal_brute_force_over_all_lists(store, scored, count):
     size, scorer = 5, make_scorer()
     few = FewTokens(store, [size] * 8)
     lists = torch.tensor(list(itertools.permutations(range(size), count)))
     with torch.no_grad():
-        logs, entropies = ask(fused(scorer, few, TOKENS), lists, row=2)
+        logs, entropies = ask_about(scored(scorer, few, TOKENS), lists, row=2)
         scores = score_groups(scorer, few.visual([2], torch.tensor([count])))[0].double() / TEMPERATURE
     assert scores.std() > 0.05
     for picks, log, ent in zip(lists.tolist(), logs.tolist(), entropies.tolist(), strict=True):
@@ -74,7 +95,8 @@ def test_log_probs_and_entropies_equal_brute_force_over_all_lists(store, count):
     assert float(logs.double().sum(1).exp().sum()) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_identity_head_equals_the_direct_formula_with_gradients(store):
+@TRAINING
+def test_the_identity_head_equals_the_direct_formula_with_gradients(store, scored):
     scorer, other = make_scorer(), make_scorer()
     torch.manual_seed(3)
     order = torch.stack([torch.randperm(TOKENS)[:6] for _ in range(4)])
@@ -83,7 +105,7 @@ def test_the_identity_head_equals_the_direct_formula_with_gradients(store):
     for i, length in enumerate(lengths):
         order_padded[i, length:] = -1
     weight = torch.randn(4, 6)
-    logs, entropies = ask(fused(scorer, store, 20), order, row=1, lengths=lengths)
+    logs, entropies = ask_about(scored(scorer, store, 20), order, row=1, lengths=lengths)
     ((logs + 0.3 * entropies) * weight).sum().backward()
     batch = store.visual([1] * 4, torch.tensor(lengths))
     scores = score_groups(other, batch) / TEMPERATURE
@@ -96,33 +118,35 @@ def test_the_identity_head_equals_the_direct_formula_with_gradients(store):
             torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-3, msg=name)
 
 
-def test_rows_of_different_sizes_in_one_batch(store):
+@TRAINING
+def test_rows_of_different_sizes_in_one_batch(store, scored):
     few = FewTokens(store, [5, 9, 3, 5, 5, 5, 5, 5])
-    policy, scorer = fused(make_scorer(), few, 12), make_scorer()
+    policy, scorer = scored(make_scorer(), few, 12), make_scorer()
     ids = torch.tensor([[0, 4, 1], [1, 8, 0], [2, 2, 1]])
-    labels = ids.clone()
-    labels[:, 0] = -100
     with torch.no_grad():
-        logs = policy(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True).log_probs
+        logs, _ = ask(policy, ids, torch.ones_like(ids))
         for row in range(3):
             batch = few.visual([row], torch.tensor([2]))
             wanted = log_prob(score_groups(scorer, batch) / TEMPERATURE, batch.mask, ids[row : row + 1, 1:])
             torch.testing.assert_close(logs[row : row + 1, -2:], wanted, atol=1e-4, rtol=0)
 
 
+@TRAINING
 def test_a_group_is_scored_once(store):
     scorer = make_scorer()
-    policy, sizes = fused(scorer, store, TOKENS), []
+    policy, sizes = PruningPolicy.around(scorer, store, TOKENS), []
     scorer.register_forward_hook(lambda _, args, out: sizes.append(len(out)))
     ids = torch.tensor([[3, 1, 2], [3, 5, 4], [3, 0, 9], [1, 1, 2]])
     policy.backbone(ids, torch.ones_like(ids))
     assert sizes == [2]
 
 
-def test_checkpoints_hold_the_scorer_alone(store, tmp_path):
+def test_checkpoints_hold_the_scorer_alone(tmp_path):
     scorer = make_scorer()
-    policy = PruningPolicy.around(scorer, store, TOKENS)
-    policy.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for weight in scorer.parameters():  # none is as a new one starts
+            weight.add_(torch.rand_like(weight))
+    PruningPolicy.around(scorer, None, TOKENS).save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert {name.removeprefix("backbone.scorer.") for name in saved} == set(scorer.state_dict())
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -133,6 +157,30 @@ def test_checkpoints_hold_the_scorer_alone(store, tmp_path):
         again.backbone(torch.tensor([[0, 1]]), torch.ones(1, 2).long())
 
 
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path, change):
+    PruningPolicy.around(make_scorer(), None, TOKENS).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    value = tensors.pop("backbone.scorer.visual.weight")
+    if change == "unexpected":
+        tensors |= {"backbone.scorer.visual.weight": value, "backbone.scorer.other": value.clone()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ScorerError, match=f"{change}_keys.*backbone.scorer"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@TRAINING
+def test_padding_and_the_end_are_never_picked(store):
+    """TRL reads logits at the ids of both; their share is 0, whatever the scores."""
+    ids = torch.tensor([[3, 1, 2, TOKENS]])
+    out = PruningPolicy.around(make_scorer(), store, TOKENS)(
+        input_ids=ids, attention_mask=torch.tensor([[1, 1, 1, 0]])
+    )
+    assert out.logits.shape == (1, 4, TOKENS + 2)
+    assert not out.logits[:, :3].softmax(-1)[..., TOKENS:].any()
+
+
+@TRAINING
 def test_too_many_visual_tokens():
     store = SampleStore(FrozenVLM(*build_vlm()), DatasetExamples(rows(1)))
     policy = PruningPolicy.around(make_scorer(), store, TOKENS - 1)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from classroom import build_vlm, rows
+from versions import TRAINING
 
 from grip_hf.frozen.data import DatasetExamples
 from grip_hf.frozen.sources import load_model
@@ -11,6 +12,8 @@ from grip_hf.frozen.vlm import FrozenVLM
 from grip_hf.scorer.model import GripScorer, GripScorerConfig
 from grip_hf.training.grpo import grpo_config, make_grpo_trainer
 from grip_hf.training.importance import attention_importance
+
+pytestmark = TRAINING
 
 
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])

@@ -1,10 +1,13 @@
 import pytest
 import torch
 from classroom import TOKENS, make_scorer, make_store
+from versions import TRAINING
 
 from grip_hf.training.policy import score_groups
 from grip_hf.training.relaxed import RelaxedTrainer, gated_mask, soft_topk, straight_through
 from grip_hf.training.supervised import training_arguments
+
+pytestmark = TRAINING
 
 
 def test_soft_topk_spends_the_budget_and_sharpens():

@@ -3,10 +3,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from classroom import TOKENS, make_scorer, make_store
+from versions import TRAINING
 
 from grip_hf.config import ConfigError
 from grip_hf.training.policy import PruningPolicy, score_groups
 from grip_hf.training.rollout import BudgetRange, make_rollout
+
+pytestmark = TRAINING
 
 GROUP = 4
 

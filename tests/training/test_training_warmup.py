@@ -3,11 +3,14 @@ import math
 import pytest
 import torch
 from classroom import TOKENS, make_scorer, make_store
+from versions import TRAINING
 
 from grip_hf.config import ConfigError
 from grip_hf.training.importance import spread_out
 from grip_hf.training.supervised import training_arguments
 from grip_hf.training.warmup import WarmupTrainer, ranking_loss
+
+pytestmark = TRAINING
 
 
 def test_the_ranking_loss_equals_loops():

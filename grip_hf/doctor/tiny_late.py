@@ -1,24 +1,29 @@
 """Tiny models of the families added last; most of their tests are slow ones, because each has an older relative."""
 
-import torch
-from tiny_core import (
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .pictures import (
     END_ID,
-    HIDDEN,
-    IMAGE_ID,
     START_ID,
     VIDEO_ID,
-    Tiny,
+    ernie_pictures,
+    lfm_pictures,
+    molmo_pictures,
+    ocr_pictures,
     qwen_pictures,
-    random,
-    run,
     square_pictures,
     tiled_pictures,
+    unmarked_pictures,
+    video_llama_pictures,
 )
-from tiny_more import PLAIN, SIGLIP, SLIDING, TEXT, config, grid_vision, mistral_pictures, model, rope
+from .tiny_core import HIDDEN, PLAIN, SIGLIP, SLIDING, TEXT, Tiny, config, grid_vision, model, rope
 
-MARKS = {"image_start_token_id": START_ID, "image_end_token_id": END_ID}
-VIDEO_MARKS = {"video_token_id": VIDEO_ID, "video_start_token_id": 94, "video_end_token_id": 95}
-RECURRENT = {
+MARKS: dict[str, Any] = {"image_start_token_id": START_ID, "image_end_token_id": END_ID}
+VIDEO_MARKS: dict[str, Any] = {"video_token_id": VIDEO_ID, "video_start_token_id": 94, "video_end_token_id": 95}
+RECURRENT: dict[str, Any] = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 2,
@@ -28,7 +33,8 @@ RECURRENT = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
-def qwen3_5(name, **text):
+def qwen3_5(name: str, **text: Any) -> Callable[[], Any]:
+    """Qwen3.5 and its mixture of experts."""
     positions = rope(mrope_interleaved=True, partial_rotary_factor=1.0)
     return config(
         name,
@@ -40,63 +46,13 @@ def qwen3_5(name, **text):
     )
 
 
-def glm(name, **text):
+def glm(name: str, **text: Any) -> Callable[[], Any]:
+    """GLM-4.1V and its relatives."""
     text = {**TEXT, "rope_parameters": rope(partial_rotary_factor=1.0), **text}
     return config(name, vision_config=grid_vision(image_size=16), text_config=text, **MARKS, **VIDEO_MARKS)
 
 
-def grids(count):
-    """Patches of pictures of two alternating shapes, 2 x 2 of which make a token."""
-    return torch.tensor([(4, 6) if i % 2 == 0 else (6, 4) for i in range(count)])
-
-
-def lfm_pictures(count, seed):
-    arguments = {
-        "pixel_values": random(count, 24, 3 * 4 * 4, seed=seed),
-        "spatial_shapes": grids(count),
-        "pixel_attention_mask": torch.ones(count, 24, dtype=torch.long),
-    }
-    return arguments, [[START_ID, *run(6), END_ID]] * count
-
-
-def video_llama_pictures(count, seed):
-    arguments = {
-        "pixel_values": random(24 * count, 3 * 4 * 4, seed=seed),
-        "image_grid_thw": torch.nn.functional.pad(grids(count), (1, 0), value=1),
-        "image_merge_sizes": torch.full((count,), 2),
-    }
-    return arguments, [[*run(6)]] * count
-
-
-def ocr_pictures(count, seed):
-    # Every second picture is cut into two tiles; all tiles of a picture make one run.
-    tiles = [2 if i % 2 else 1 for i in range(count)]
-    return {"pixel_values": random(sum(tiles), 3, 32, 32, seed=seed)}, [[START_ID, *run(4 * n), END_ID] for n in tiles]
-
-
-def unmarked_pictures(count, seed):
-    arguments, ids = mistral_pictures(count, seed)
-    return arguments, [run(row.count(IMAGE_ID)) for row in ids]
-
-
-def molmo_pictures(count, seed):
-    # A whole view of 2 x 2 tokens and one crop of 1 x 2; each token pools four patches of them all.
-    low, high = [*run(2), 94] * 2, [*run(2), 94]
-    patches = torch.arange(24).reshape(6, 4)
-    arguments = {
-        "pixel_values": random(2 * count, 16, 3 * 4 * 4, seed=seed),
-        "image_token_pooling": torch.cat([patches + 32 * number for number in range(count)]),
-        "image_grids": torch.tensor([[2, 2, 1, 2]] * count),
-    }
-    return arguments, [[START_ID, *low, END_ID, 95, *high, END_ID]] * count
-
-
-def ernie_pictures(count, seed):
-    arguments, ids = qwen_pictures(count, seed)
-    return {**arguments, "pixel_values": random(24 * count, 3 * 4 * 4, seed=seed)}, ids
-
-
-LATE = {
+LATE: dict[str, Tiny] = {
     "ernie4_5_vl_moe": Tiny(
         config(
             "ernie4_5_vl_moe",

@@ -1,165 +1,82 @@
 """Tiny models of the families beyond the first eight."""
 
-import torch
-from tiny_core import (
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from .pictures import (
     END_ID,
-    HIDDEN,
-    IMAGE_ID,
-    PINPOINTS,
     START_ID,
-    TEXT,
     VIDEO_ID,
-    VISION,
+    anyres_pictures,
+    aya_ids,
+    cohere_ids,
+    gemma4_pictures,
+    mistral_pictures,
+    ovis_ids,
+    perception_pictures,
+    qwen_pictures,
+    square_pictures,
+    tiles,
+    video_llava_pictures,
+    wrapped,
+)
+from .tiny_core import (
+    HIDDEN,
+    PINPOINTS,
+    PLAIN,
+    SIGLIP,
+    SLIDING,
+    TEXT,
     VOCAB,
     Tiny,
-    anyres_pictures,
-    qwen_pictures,
-    random,
-    run,
-    square_pictures,
+    config,
+    grid_vision,
+    llava_like,
+    model,
+    rope,
 )
-from tiny_towers import PatchTowerConfig
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
-
-PLAIN = {name: value for name, value in VISION.items() if name != "projection_dim"}
-SIGLIP = {"model_type": "siglip_vision_model", **PLAIN, "vision_use_head": False}
-SLIDING = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+from .towers import PatchTowerConfig
 
 
-def config(name, image="image_token_id", **settings):
-    """A config with our placeholder ids and untied embeddings."""
-    settings = {image: IMAGE_ID, "tie_word_embeddings": False, "initializer_range": 0.3, **settings}
-    return lambda: AutoConfig.for_model(name, **settings)
-
-
-def llava_like(name, **settings):
-    vision, text = CLIPVisionConfig(**VISION), LlamaConfig(**TEXT)
-    return config(name, "image_token_index", vision_config=vision, text_config=text, **settings)
-
-
-def model(kind, **settings):
-    return {"model_type": kind, **TEXT, **settings}
-
-
-def grid_vision(**settings):
-    return {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_heads": 2,
-        "patch_size": 4,
-        "out_hidden_size": HIDDEN,
-        "initializer_range": 0.3,
-        **settings,
+def qwen3(name: str, **text: Any) -> Callable[[], Any]:
+    """Qwen3-VL and its mixture of experts."""
+    ids: dict[str, Any] = {
+        "video_token_id": VIDEO_ID,
+        "vision_start_token_id": START_ID,
+        "vision_end_token_id": END_ID,
     }
-
-
-def rope(**settings):
-    return {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, **settings}
-
-
-def qwen3(name, **text):
-    ids = {"video_token_id": VIDEO_ID, "vision_start_token_id": START_ID, "vision_end_token_id": END_ID}
     vision = grid_vision(num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
     text = {**TEXT, "head_dim": 8, "rope_parameters": rope(mrope_interleaved=True), **text}
     return config(name, vision_config=vision, text_config=text, **ids)
 
 
-def wrapped(tokens, stacked=False, name="pixel_values"):
-    """Pictures of `tokens` tokens each, between a start and an end token."""
-
-    def pictures(count, seed):
-        pixels = random(count, 3, 16, 16, seed=seed)
-        return {name: pixels[None] if stacked else pixels}, [[START_ID, *run(tokens), END_ID]] * count
-
-    return pictures
-
-
-def video_llava_pictures(count, seed):
-    arguments, ids = square_pictures(16)(count, seed)
-    return {"pixel_values_images": arguments["pixel_values"]}, ids
-
-
-def tiles(write):
-    """Every second picture is cut into two tiles and a whole view; `write(n)` gives the ids of n tiles."""
-
-    def pictures(count, seed):
-        numbers = [3 if i % 2 else 1 for i in range(count)]
-        return {"pixel_values": random(sum(numbers), 3, 16, 16, seed=seed)}, [write(n) for n in numbers]
-
-    return pictures
-
-
-def perception_pictures(count, seed):
-    # Every second picture is cut into two tiles; they are stacked as [pictures and tiles, 1, ...].
-    numbers = [2 if i % 2 else 1 for i in range(count)]
-    pixels = random(sum(numbers), 1, 3, 16, 16, seed=seed)
-    return {"pixel_values": pixels}, [[START_ID, *run(4 * n), END_ID] for n in numbers]
-
-
-def aya_ids(number):
-    markers = [*range(94, 94 + number - 1), 97]  # <TILE_1> ... <TILE_GLOBAL>
-    return [START_ID, *(token for marker in markers for token in (marker, *run(4))), END_ID]
-
-
-def cohere_ids(number):
-    return [START_ID, *[*run(4), 94] * number, END_ID]
-
-
-def ovis_ids(number):
-    tokens = [START_ID, *run(4), 93]  # the whole view and the mark of its grid, then tiles with a mark each
-    return [*tokens, *[*run(4), 94] * (number - 1), 96]
-
-
-def mistral_pictures(count, seed):
-    sizes = [(16, 24) if i % 2 == 0 else (24, 16) for i in range(count)]
-    pixels = torch.zeros(count, 3, 24, 24)
-    ids = []
-    for number, (height, width) in enumerate(sizes):
-        pixels[number, :, :height, :width] = random(3, height, width, seed=seed + number)
-        rows = [[*run(width // 8), 94] for _ in range(height // 8)]  # a mark ends each row, another one the picture
-        ids.append([*[token for row in rows for token in row][:-1], END_ID])
-    return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}, ids
-
-
-def gemma4_pictures(count, seed):
-    places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).reshape(16, 2)
-    pixels = random(count, 16, 3 * 4 * 4, seed=seed)
-    ids = [[START_ID, *run(4), END_ID]] * count
-    return {"pixel_values": pixels, "image_position_ids": places.expand(count, -1, -1)}, ids
-
-
-GEMMA4_TEXT = {
+GEMMA_TEXT = {
     **TEXT,
     "num_hidden_layers": 4,
     "head_dim": 8,
-    "global_head_dim": 8,
     "sliding_window": 12,
-    "layer_types": SLIDING["layer_types"] * 2,
+    "layer_types": [*SLIDING["layer_types"], *SLIDING["layer_types"]],
     "num_kv_shared_layers": 2,
-    "vocab_size_per_layer_input": VOCAB,
     "hidden_size_per_layer_input": 4,
+}
+GEMMA4_TEXT = {
+    **GEMMA_TEXT,
+    "global_head_dim": 8,
+    "vocab_size_per_layer_input": VOCAB,
     "use_bidirectional_attention": "vision",
 }
-GEMMA3N_TEXT = {
-    **TEXT,
-    "num_hidden_layers": 4,
-    "head_dim": 8,
-    "sliding_window": 12,
-    "layer_types": SLIDING["layer_types"] * 2,
-    "num_kv_shared_layers": 2,
-    "vocab_size_per_layer_input": 94,
-    "hidden_size_per_layer_input": 4,
-    "laurel_rank": 4,
-    "altup_num_inputs": 2,
-}
-MORE = {
+GEMMA3N_TEXT = {**GEMMA_TEXT, "vocab_size_per_layer_input": 94, "laurel_rank": 4, "altup_num_inputs": 2}
+
+MORE: dict[str, Tiny] = {
     "aria": Tiny(
         config(
             "aria",
             "image_token_index",
             vision_config={"model_type": "idefics3_vision", **PLAIN},
-            text_config={**TEXT, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+            text_config=model("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
             projector_patch_to_query_dict={16: 6},
         ),
         wrapped(6),
@@ -182,7 +99,7 @@ MORE = {
         config(
             "fast_vlm",
             "image_token_index",
-            vision_config=PatchTowerConfig(hidden_size=16),
+            vision_config=partial(PatchTowerConfig, hidden_size=16),
             text_config=model("qwen2"),
             image_seq_length=16,
         ),
@@ -204,7 +121,7 @@ MORE = {
     "gemma3n": Tiny(
         config(
             "gemma3n",
-            vision_config=PatchTowerConfig(hidden_size=16, vocab_size=4, vocab_offset=94),
+            vision_config=partial(PatchTowerConfig, hidden_size=16, vocab_size=4, vocab_offset=94),
             text_config=GEMMA3N_TEXT,
             audio_config={
                 "vocab_size": 2,
@@ -331,8 +248,8 @@ MORE = {
     "perception_lm": Tiny(
         config(
             "perception_lm",
-            vision_config=PatchTowerConfig(
-                hidden_size=16, flat=True, model_args={"embed_dim": 16, "ref_feat_shape": [4, 4]}
+            vision_config=partial(
+                PatchTowerConfig, hidden_size=16, flat=True, model_args={"embed_dim": 16, "ref_feat_shape": [4, 4]}
             ),
             text_config=model("llama"),
             video_token_id=VIDEO_ID,
@@ -349,5 +266,7 @@ MORE = {
     "video_llava": Tiny(
         llava_like("video_llava", video_token_index=VIDEO_ID, vision_feature_layer=-1), video_llava_pictures
     ),
-    "vipllava": Tiny(llava_like("vipllava", vision_feature_layer=[-1, -2]), square_pictures(16)),
+    "vipllava": Tiny(  # the setting had the other name up to 5.22
+        llava_like("vipllava", vision_feature_layer=[-1, -2], vision_feature_layers=[-1, -2]), square_pictures(16)
+    ),
 }

@@ -1,15 +1,31 @@
-"""What the tiny models of tests/support/tiny.py are made of, and the first eight families."""
+"""What tiny models are made of, and the first eight families."""
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-import torch
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
+
+from .pictures import (
+    END_ID,
+    IMAGE_ID,
+    PAD,
+    START_ID,
+    VIDEO_ID,
+    Pictures,
+    anyres_pictures,
+    marked_pictures,
+    qwen_pictures,
+    square_pictures,
+    tiled_pictures,
+)
 
 IMAGE = "image"
 VOCAB, HIDDEN = 99, 32
-PAD, IMAGE_ID, VIDEO_ID, START_ID, END_ID = 0, 90, 91, 92, 93
-TEXT = {
+TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
     "intermediate_size": 48,
@@ -24,7 +40,7 @@ TEXT = {
     "tie_word_embeddings": False,
     "initializer_range": 0.3,
 }
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
@@ -48,8 +64,8 @@ class Tiny:
     arguments count patches over the whole batch. `experts` families send pictures and what is around them to experts.
     """
 
-    config: Callable
-    pictures: Callable
+    config: Callable[[], Any]
+    pictures: Pictures
     stacked: bool = False
     types: str | None = None
     type_ids: tuple[int, int, int] = (0, 1, 0)
@@ -57,23 +73,18 @@ class Tiny:
     experts: bool = False
 
 
-def text(**extra):
+def text(**extra: Any) -> LlamaConfig:
+    """The text config of most families."""
     return LlamaConfig(**TEXT, **extra)
 
 
-def qwen_text():
+def qwen_text() -> Qwen2Config:
+    """The text config of families that build on Qwen2."""
     return Qwen2Config(**TEXT)
 
 
-def random(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def run(count):
-    return [IMAGE_ID] * count
-
-
-def llava_config():
+def llava_config() -> Any:
+    """LLaVA."""
     return AutoConfig.for_model(
         "llava",
         vision_config=CLIPVisionConfig(**VISION),
@@ -84,14 +95,7 @@ def llava_config():
     )
 
 
-def square_pictures(tokens):
-    def pictures(count, seed):
-        return {"pixel_values": random(count, 3, 16, 16, seed=seed)}, [run(tokens)] * count
-
-    return pictures
-
-
-def _llava_next():
+def _llava_next() -> Any:
     return AutoConfig.for_model(
         "llava_next",
         vision_config=CLIPVisionConfig(**VISION),
@@ -103,7 +107,7 @@ def _llava_next():
     )
 
 
-def _llava_onevision():
+def _llava_onevision() -> Any:
     return AutoConfig.for_model(
         "llava_onevision",
         vision_config=SiglipVisionConfig(**{k: v for k, v in VISION.items() if k != "projection_dim"}),
@@ -119,19 +123,11 @@ def _llava_onevision():
     )
 
 
-def anyres_pictures(count, seed):
-    # Alternating shapes: 16 x 32 (one row of two patches) and 32 x 16.
-    sizes = [(16, 32) if i % 2 == 0 else (32, 16) for i in range(count)]
-    tokens = [16 + (h // 4) * (w // 4 + 1) for h, w in sizes]
-    pixels = random(count, 3, 3, 16, 16, seed=seed)  # the whole picture and its two patches
-    return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}, [run(n) for n in tokens]
-
-
-def _qwen_vision(**extra):
+def _qwen_vision(**extra: Any) -> dict[str, Any]:
     return {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4, **extra}
 
 
-def _qwen(name, vision):
+def _qwen(name: str, vision: dict[str, Any]) -> Any:
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     return AutoConfig.for_model(
         name,
@@ -144,26 +140,18 @@ def _qwen(name, vision):
     )
 
 
-def _qwen2_vl():
+def _qwen2_vl() -> Any:
     return _qwen("qwen2_vl", _qwen_vision(hidden_size=HIDDEN, mlp_ratio=2))
 
 
-def _qwen2_5_vl():
+def _qwen2_5_vl() -> Any:
     return _qwen(
         "qwen2_5_vl",
         _qwen_vision(intermediate_size=24, out_hidden_size=HIDDEN, fullatt_block_indexes=[1], window_size=16),
     )
 
 
-def qwen_pictures(count, seed):
-    grids = [(1, 4, 6) if i % 2 == 0 else (1, 6, 4) for i in range(count)]  # patches; 2 x 2 are merged
-    patches = sum(t * h * w for t, h, w in grids)
-    pixels = random(patches, 3 * 2 * 4 * 4, seed=seed)
-    ids = [[START_ID, *run(t * h * w // 4), END_ID] for t, h, w in grids]
-    return {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}, ids
-
-
-def _internvl():
+def _internvl() -> Any:
     vision = {k: v for k, v in VISION.items() if k not in ("image_size", "patch_size", "projection_dim")}
     return AutoConfig.for_model(
         "internvl",
@@ -177,29 +165,57 @@ def _internvl():
     )
 
 
-def tiled_pictures(count, seed):
-    # Every second picture is cut into two tiles; all tiles of a picture make one run.
-    tiles = [2 if i % 2 else 1 for i in range(count)]
-    pixels = random(sum(tiles), 3, 16, 16, seed=seed)
-    return {"pixel_values": pixels}, [[START_ID, *run(4 * n), END_ID] for n in tiles]
-
-
-def _idefics(name):
+def _idefics(name: str) -> Any:
     vision = {k: v for k, v in VISION.items() if k != "projection_dim"}
     return AutoConfig.for_model(
         name, vision_config=vision, text_config=text(), image_token_id=IMAGE_ID, scale_factor=2, pad_token_id=PAD
     )
 
 
-def marked_pictures(count, seed):
-    # Each picture is one tile row of two and a whole view, each with its own marker token, as the processor writes it.
-    markers = (94, 95, 96)
-    pixels = random(1, 3 * count, 3, 16, 16, seed=seed)
-    ids = [token for marker in markers for token in (START_ID, marker, *run(4))] + [START_ID]
-    return {"pixel_values": pixels}, [ids] * count
+PLAIN = {name: value for name, value in VISION.items() if name != "projection_dim"}
+SIGLIP = {"model_type": "siglip_vision_model", **PLAIN, "vision_use_head": False}
+SLIDING: dict[str, Any] = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
 
 
-CORE = {
+def config(name: str, image: str = "image_token_id", **settings: Any) -> Callable[[], Any]:
+    """A config with our placeholder ids and untied embeddings; parts that are callables are made when it is."""
+    settings = {image: IMAGE_ID, "tie_word_embeddings": False, "initializer_range": 0.3, **settings}
+    return lambda: AutoConfig.for_model(
+        name, **{key: one() if callable(one) else one for key, one in settings.items()}
+    )
+
+
+def llava_like(name: str, **settings: Any) -> Callable[[], Any]:
+    """A relative of LLaVA."""
+    vision = partial(CLIPVisionConfig, **VISION)
+    return config(name, "image_token_index", vision_config=vision, text_config=text, **settings)
+
+
+def model(kind: str, **settings: Any) -> dict[str, Any]:
+    """The text config of another type."""
+    return {"model_type": kind, **TEXT, **settings}
+
+
+def grid_vision(**settings: Any) -> dict[str, Any]:
+    """The vision config of Qwen2.5-VL and its relatives."""
+    return {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": 4,
+        "out_hidden_size": HIDDEN,
+        "initializer_range": 0.3,
+        **settings,
+    }
+
+
+def rope(**settings: Any) -> dict[str, Any]:
+    """M-RoPE."""
+    return {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, **settings}
+
+
+CORE: dict[str, Tiny] = {
     "llava": Tiny(llava_config, square_pictures(16)),
     "llava_next": Tiny(_llava_next, anyres_pictures),
     "llava_onevision": Tiny(_llava_onevision, anyres_pictures),

@@ -1,0 +1,1 @@
+"""The self-check: tiny models of the supported families, pruned and compared with an independent reference."""
