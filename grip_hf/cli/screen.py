@@ -18,7 +18,7 @@ from ..files import check_writable
 
 console = Console()
 if not console.is_terminal:
-    console.width = 80  # a file or a log has no width of its own
+    console.width = 160  # a file or a log has no width of its own
 # What libraries say of their own future, or of what they have just put right.
 NOISE = ("The tokenizer has new PAD/BOS/EOS", "mtime may not be reliable", "Failed to load CPU gemm_4bit_forward")
 TALKERS = ("transformers.trainer", "transformers.trainer_utils", "bitsandbytes.backends.cpu.ops")
