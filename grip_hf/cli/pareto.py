@@ -29,6 +29,7 @@ def pareto(
 ) -> None:
     """Draw accuracy against tokens and time, and tell the time that each method saves at equal accuracy."""
     from ..errors import GripError
+    from ..evaluation.budgets import label
     from ..evaluation.pareto import frontier, join, merge, savings, scorers
 
     try:
@@ -46,7 +47,7 @@ def pareto(
             *(
                 (
                     point.selector,
-                    f"{point.budget:.0%}",
+                    label(point.budget),
                     f"{point.tokens}",
                     f"{100 * point.accuracy:.1f}",
                     "-" if point.ms is None else f"{point.ms:.1f}",

@@ -184,3 +184,26 @@ def test_a_foreign_scorer_is_not_evaluated_in_silence(places, tmp_path, monkeypa
     with pytest.warns(UserWarning, match="force was given"):
         done, said = run(*own, "--selectors", f"mine={tmp_path / 'scorer'}", "--force")
     assert done.exit_code == 0, done.output
+
+
+def test_what_was_trained_in_four_bits_is_judged_in_four_bits(tmp_path, monkeypatch):
+    """The options reach the loader; the model that is asked has quantized layers."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit
+
+    import grip_hf.evaluation.runner as runner
+
+    for part in build_vlm(width=64):
+        part.save_pretrained(tmp_path / "model")
+    Dataset.from_list(rows(4)).save_to_disk(tmp_path / "data")
+    seen = []
+    plain = runner.FrozenVLM
+    monkeypatch.setattr(
+        runner, "FrozenVLM", lambda model, *args, **kwargs: (seen.append(model), plain(model, *args, **kwargs))[1]
+    )
+    words = ("--model", tmp_path / "model", "--dataset", tmp_path / "data", "--device", "cpu", "--selectors", "grid")
+    done, said = run(*words, "--budgets", "0.5", "--quantize", "4bit")
+    assert done.exit_code == 0, done.output
+    assert any(isinstance(module, Linear4bit) for module in seen[0].modules())
+    done, said = run(*words, "--quantize", "3bit")
+    assert done.exit_code == 2 and "must be 4bit or 8bit, got '3bit'" in said
