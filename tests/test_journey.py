@@ -19,9 +19,10 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from loopback_hub import WRITER, LoopbackHub, Repo
 from readme import FENCED
+from versions import TRAINING
 from wheels import build, call, install, shell
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, TRAINING]
 BASE, SCORER = "maker/tiny-llava", "you/grip-tiny"
 SIZES = ["--warmup-steps", "60", "--steps", "2", "--batch-size", "8", "--num-generations", "4", "--width", "16"]
 SIZES += ["--warmup-batch-size", "4", "--save-steps", "5", "--eval-examples", "6", "--device", "cpu"]

@@ -7,6 +7,7 @@ import torch
 from classroom import build_vlm, make_scorer, rows
 from datasets import Dataset
 from typer.testing import CliRunner
+from versions import TRAINING
 
 from grip_hf.cli.app import app
 from grip_hf.errors import ScorerError
@@ -16,6 +17,8 @@ from grip_hf.families.table import find_parts
 from grip_hf.frozen.data import DatasetExamples
 from grip_hf.hub.resolve import check_scorer
 from grip_hf.selectors import get_selector
+
+pytestmark = TRAINING
 
 
 def said_by(row, model, processor, length):

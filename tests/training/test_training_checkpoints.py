@@ -3,6 +3,7 @@ import resource
 
 import pytest
 from classroom import make_scorer, make_store
+from versions import TRAINING
 
 from grip_hf.errors import FileError
 from grip_hf.scorer.model import GripScorer, ScorerError
@@ -87,6 +88,7 @@ def stopped_after(step, stage=3):
     return Stopper()
 
 
+@TRAINING
 def test_the_same_plan_goes_on_and_another_one_is_refused(tmp_path):
     said, store = [], make_store()
     with pytest.raises(Stop):
@@ -123,6 +125,7 @@ def test_a_run_without_its_plan_is_refused(tmp_path):
         keep_plan(tmp_path, {})
 
 
+@TRAINING
 @pytest.mark.parametrize("stage", ["warmup", "grpo"])
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, stage):
     """No file may grow beyond what the second checkpoint of a stage has room for; then there is room again."""
