@@ -69,6 +69,20 @@ def check_writable(path: AnyPath) -> Path:
     return Path(path)
 
 
+def check_folder(path: AnyPath) -> Path:
+    """Find out whether a folder is there, or can be made, and takes files; makes and writes nothing.
+
+    Raises:
+        FileError: It is not and cannot, or takes none.
+    """
+    folder = Path(path).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise FileError(f"the folder {path} cannot be made: {there} is a file")
+    check_writable(there / "trial")
+    return Path(path)
+
+
 def make_folder(path: AnyPath) -> Path:
     """Make a folder with those above it, and find out whether it takes files.
 

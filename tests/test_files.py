@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from grip_hf.errors import FileError
-from grip_hf.files import check_writable, make_folder, write_json, write_text, write_whole
+from grip_hf.files import check_folder, check_writable, make_folder, write_json, write_text, write_whole
 
 
 @pytest.fixture
@@ -56,6 +56,9 @@ def test_places_that_take_no_file_are_told_before(tmp_path):
     with pytest.raises(FileError, match="is a folder"):
         check_writable(tmp_path)
     (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileError, match=r"cannot be made: .*file is a file"):
+        check_folder(tmp_path / "file" / "run" / "deep")
+    assert check_folder(tmp_path / "x" / "y") == tmp_path / "x" / "y" and not (tmp_path / "x").exists()
     with pytest.raises(FileError, match="cannot be made"):
         make_folder(tmp_path / "file" / "run")
     assert make_folder(tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())

@@ -16,7 +16,7 @@ from ..evaluation.facts import versions
 from ..evaluation.memory import peak_memory
 from ..evaluation.runner import evaluate
 from ..evaluation.tasks import named_selectors
-from ..files import write_json
+from ..files import make_folder, write_json
 from ..frozen.screening import hold_out
 from ..frozen.sources import TRAIN_SPLITS
 from ..frozen.store import SampleStore
@@ -64,6 +64,8 @@ class Job:
             held: Any = PocketExamples(held_out, seed, "test") if held_out else None
         else:
             limit = self.plan.data["examples"] + held_out
+            if cache is not None:
+                make_folder(cache)
             screened = load_examples(
                 self.choice.dataset, self.split, limit, seed, self.on_bad_row, TRAIN_SPLITS, cache and cache / ROWS
             )

@@ -93,7 +93,7 @@ def train(
     args |= upstream_options(context.args, method)
     with failures():
         from ..evaluation.answers import check_metric
-        from ..files import make_folder
+        from ..files import check_folder
         from ..training.plan import TrainingPlan
         from ..training.rollout import BudgetRange
         from .job import Job, estimate
@@ -122,7 +122,7 @@ def train(
         )
         plan.stages()  # upstream refuses what it does not like before anything is loaded
         if not dry_run:
-            make_folder(output)
+            check_folder(output)
         job = Job(choice, plan, split, on_bad_row, metric, eval_examples)
         if dry_run:
             estimate(job)
