@@ -40,6 +40,7 @@ class CallContext:
         call: The language model's call before pruning, once it is known.
         step: What stays of it, if anything goes.
         layers: What is dropped between layers, if the selector does so.
+        gradients: Whether gradients are on, as they are not where the selector is asked.
         by_base: Whether the base model was called without the model around it.
     """
 
@@ -50,6 +51,7 @@ class CallContext:
     call: Call | None = None
     step: Step | None = None
     layers: LayerDrops | None = None
+    gradients: bool = False
     by_base: bool = False
 
 

@@ -108,7 +108,7 @@ class Boundary:
 
     def trains(self, context: CallContext) -> bool:
         """Whether a call looks like one of a training step."""
-        if not torch.is_grad_enabled():
+        if not context.gradients:
             return False
         config: Any = self.parts.language_model.config
         return self.parts.owner.training or not upstream.uses_cache(context.arguments or {}, config)
@@ -153,7 +153,7 @@ class Boundary:
         if context is None or context.boundary is not self or context.arguments is not None or not interrupted():
             context = CallContext(self, labels=given.get("labels"), by_base=True)  # called without its owner
             push(context)
-        context.arguments = given
+        context.arguments, context.gradients = given, torch.is_grad_enabled()
 
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forget the call, also after an exception."""

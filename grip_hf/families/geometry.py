@@ -69,26 +69,51 @@ def changes(values: Tensor, visual: Tensor) -> Tensor:
     return starts.long().cumsum(1) - 1
 
 
+def alternating(anchored: Tensor, value: Tensor, flips: Tensor) -> Tensor:
+    """[N] bool: a state that is set to `value` where `anchored`, and else flipped or kept as `flips` says.
+
+    All [N] bool, in order; the first entry must be anchored. A scan without a loop: between two anchors only the
+    number of flips counts.
+    """
+    order = torch.arange(len(anchored), device=anchored.device)
+    anchor = torch.where(anchored, order, 0).cummax(0).values
+    turns = (flips & ~anchored).long().cumsum(0)
+    return value[anchor] ^ ((turns - turns[anchor]) % 2 == 1)
+
+
 def joined_runs(visual: Tensor, before: Tensor) -> Tensor:
     """[B, L] long: which picture a token belongs to if a picture has several runs, one token apart.
 
     A run goes on with the picture of the run before it if the one token between them is the picture's usual one: the
     first such token after the picture's first run. `before` [B, L] long holds the id before each position.
     """
-    fresh = torch.zeros_like(visual)
-    for row, (columns, ids) in enumerate(zip(visual, before, strict=True)):
-        usual, last = None, -2
-        for column in columns.nonzero().flatten().tolist():
-            if column == last + 2 and usual in (None, int(ids[column])):
-                usual = int(ids[column])
-            elif column != last + 1:
-                fresh[row, column], usual = True, None
-            last = column
+    left = torch.nn.functional.pad(visual, (1, -1))
+    starts, fresh = visual & ~left, torch.zeros_like(visual)
+    # A run is joined to the one before it if exactly one position lies between; equal tokens between make a block.
+    joined = starts & torch.nn.functional.pad(left, (1, -1))
+    chained, token = joined[starts], before[starts]
+    earlier = torch.nn.functional.pad(chained[:-1], (1, 0))
+    begins = chained & (~earlier | (token != torch.nn.functional.pad(token[:-1], (1, 0), value=-1)))
+    block = begins.long().cumsum(0) - 1
+    lengths = torch.bincount(block[chained], minlength=int(begins.sum()))
+    if len(lengths):
+        # The first token of a block either parts two pictures, or is what is usual from there on: in a chain's first
+        # block it is; after a block of several it parts; after a block of one it does what that one did not.
+        first, single = ~earlier[begins], lengths == 1
+        after_several = torch.nn.functional.pad(~single[:-1], (1, 0))
+        usual = alternating(first | after_several, first, torch.ones_like(first))
+        parts = begins.clone()
+        parts[begins] = ~usual
+        fresh[starts] = ~chained | parts
+    else:
+        fresh[starts] = True
     return fresh.long().cumsum(1) - 1
 
 
 def newline_coordinates(visual: Tensor, newline: Tensor, base: int) -> tuple[Tensor, Tensor]:
     """Images of a row grid whose every row ends with a "newline" token, after a square base picture.
+
+    One image goes on as long as newlines come at the same distance; what follows the last one is an image of its own.
 
     Args:
         visual: [B, L] bool.
@@ -98,40 +123,48 @@ def newline_coordinates(visual: Tensor, newline: Tensor, base: int) -> tuple[Ten
     Returns:
         image [B, L] long, and positions [B, L, 2].
     """
+    order = ordinals(visual)
+    ends = newline & visual
+    row, place = ends.nonzero(as_tuple=True)
+    ordinal = order[row, place]
     image = torch.zeros_like(visual, dtype=torch.long)
-    positions = torch.full((*visual.shape, 2), 0.5)
+    within = order.clone()
+    width, rows = torch.zeros_like(order), torch.zeros_like(order)
+    if len(row):
+        same_row = torch.nn.functional.pad(row[1:] == row[:-1], (1, 0))
+        distance = torch.where(same_row, ordinal - torch.nn.functional.pad(ordinal[:-1], (1, 0)), ordinal + 1)
+        last = torch.nn.functional.pad(distance[:-1], (1, 0))
+        # A newline begins an image unless it comes one width after the one before. The width is the last distance, but
+        # for an image's first newline, which has the base picture before it too.
+        new_if_first = (distance != last - base) | (last - base <= 1)
+        new_if_not = distance != last
+        decided = ~same_row | (new_if_first & new_if_not)
+        begins = alternating(decided, torch.ones_like(decided), new_if_not & ~new_if_first)
+        number = begins.long().cumsum(0) - 1  # counted over the whole batch
+        count = torch.bincount(number)
+        wide = (distance - base)[begins]
+        start = (ordinal - distance + 1)[begins]
+        # Each token belongs to the image of the next newline at or after it; those after a row's last one are left.
+        following = torch.flip(torch.flip(ends, [1]).long().cumsum(1), [1])
+        index = (
+            ends.long().cumsum(1)
+            - ends.long()
+            + (torch.nn.functional.pad(ends.sum(1).cumsum(0)[:-1], (1, 0)))[:, None]
+        )
+        held = visual & (following > 0)
+        mine = number[index.clamp(max=len(number) - 1)]
+        first = torch.nn.functional.pad(torch.bincount(row[begins], minlength=len(visual)).cumsum(0)[:-1], (1, 0))
+        images = torch.bincount(row[begins], minlength=len(visual))
+        image = torch.where(held, mine - first[:, None], images[:, None])
+        stop = torch.where(ends, order + 1, 0).amax(1, keepdim=True)
+        within = torch.where(held, order - start[mine], order - stop)
+        width, rows = torch.where(held, wide[mine], 0), torch.where(held & (wide[mine] > 1), count[mine], 0)
+    grid = within - base
     side = math.isqrt(base)
-    square = (torch.stack([torch.arange(base) // side, torch.arange(base) % side], -1) + 0.5) / side
-    for row, (is_visual, is_newline) in enumerate(zip(visual.tolist(), newline.tolist(), strict=True)):
-        columns = [i for i, seen in enumerate(is_visual) if seen]
-        ends = [k for k, column in enumerate(columns) if is_newline[column]]
-        for number, (start, rows, stop) in enumerate(_newline_images(len(columns), ends, base)):
-            place = torch.tensor(columns[start:stop])
-            image[row, place] = number
-            positions[row, place[:base]] = square[: len(place)]
-            if rows:
-                width = (stop - start - base) // rows
-                grid = torch.arange(rows * width)
-                centres = torch.stack([(grid // width + 0.5) / rows, (grid % width + 0.5) / width], -1)
-                positions[row, place[base:]] = centres
-    return image.to(visual.device), positions.to(visual.device)
-
-
-def _newline_images(total: int, ends: list[int], base: int) -> list[tuple[int, int, int]]:
-    """(start, grid rows, stop) of each image, in ordinals, from the ordinals of the newline tokens."""
-    images: list[tuple[int, int, int]] = []
-    start = 0
-    while start < total:
-        mine = [end for end in ends if end >= start + base]
-        if not mine:
-            images.append((start, 0, total))
-            break
-        width = mine[0] - (start + base) + 1
-        rows = 1
-        # One image goes on as long as newlines come at the same distance.
-        while width > 1 and rows < len(mine) and mine[rows] - mine[rows - 1] == width:
-            rows += 1
-        stop = start + base + rows * width
-        images.append((start, rows if width > 1 else 0, stop))
-        start = stop
-    return images
+    square = (torch.stack([within // side, within % side], -1) + 0.5) / side
+    across = width.clamp(min=1)
+    centre = torch.stack([(grid // across + 0.5) / rows.clamp(min=1), (grid % across + 0.5) / across], -1)
+    middle = torch.full_like(centre, 0.5)
+    inside = ((within < base) & visual)[..., None]
+    gridded = ((within >= base) & (rows > 0) & visual)[..., None]
+    return image.masked_fill(~visual, 0), torch.where(inside, square, torch.where(gridded, centre, middle))

@@ -112,7 +112,7 @@ def test_mask_sizes_that_mean_something_else_raise(sizes, monkeypatch):
 def test_mask_sizes_with_other_arguments_are_refused_when_patching(monkeypatch):
     monkeypatch.setattr(DynamicCache, "get_mask_sizes", lambda self, cache_position, layer_idx: (1, 0))
     model = build("llava")
-    with pytest.raises(UnsupportedModelError, match="DynamicCache.get_mask_sizes takes"):
+    with pytest.raises(UnsupportedModelError, match=r"DynamicCache\.get_mask_sizes takes"):
         patch(model)
     assert not hasattr(model, "grip")
 
