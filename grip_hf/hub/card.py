@@ -20,12 +20,12 @@ from PIL import Image
 from ..errors import ConfigError
 from ..tables import pivot
 from ..version import __version__
+from .run import left_by_training
 
 TEMPLATE = "model_card_template.md"
 TAGS = ("grip", "visual-token-pruning", "trl")
 SECTION = re.compile(r"<!-- grip_hf: (\w+) -->\n(.*?)<!-- /grip_hf -->", re.DOTALL)
 PICTURE = "kept_tokens.png"
-PLAN, TABLE = "plan.json", "eval_table.json"  # what `grip-hf train` leaves beside a scorer
 NOT_SAID = {"results": "Not measured yet.", "training": "Not described.", "picture": ""}
 UNPRUNED, MEAN = "unpruned", "mean"
 NEEDED = ("selector", "budget", "task", "accuracy")
@@ -92,7 +92,7 @@ def make_card(handle: Any, facts: Facts, repo: str | None = None, old: str | Non
         old: Text of the card that is there already; what people wrote in it is kept.
     """
     scorer, config = handle.scorer, handle.config
-    facts = with_run(facts, scorer)
+    facts = dataclasses.replace(facts, **left_by_training(scorer, facts.results is None, facts.training is None))
     base = (getattr(scorer.config, "base_model", None) if scorer is not None else None) or {}
     base_id, kind = base.get("id"), base.get("model_type")
     data = ModelCardData(
@@ -128,33 +128,6 @@ def make_card(handle: Any, facts: Facts, repo: str | None = None, old: str | Non
         return fresh
     said = {name for name in NOT_SAID if getattr(facts, name) is None}
     return _refreshed(ModelCard(old, ignore_metadata_errors=True), fresh, said)
-
-
-def with_run(facts: Facts, scorer: Any) -> Facts:
-    """Facts with what the folder that a scorer was loaded from knows of its training, where nobody said it."""
-    folder = Path(str(getattr(getattr(scorer, "config", None), "_name_or_path", "") or ""))
-    if scorer is None or not (folder / PLAN).is_file():
-        return facts
-    found: dict[str, Any] = {}
-    if facts.results is None and (folder / TABLE).is_file():
-        found["results"] = folder / TABLE
-    if facts.training is None:
-        try:
-            found["training"] = describe_run(json.loads((folder / PLAN).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return facts
-    return dataclasses.replace(facts, **found)
-
-
-def describe_run(saved: Mapping[str, Any]) -> str:
-    """What `plan.json` says of a run, as Markdown."""
-    lines = ["| setting | value |", "|---|---|"]
-    for name, value in saved["plan"].items():
-        inside = value.items() if isinstance(value, Mapping) else [("", value)]
-        lines += [
-            f"| {f'{name}.{key}' if key else name} | `{json.dumps(one)}` |" for key, one in inside if one is not None
-        ]
-    return f"By `grip-hf train` of grip_hf {saved.get('grip_hf')} with these settings:\n\n" + "\n".join(lines)
 
 
 def _refreshed(card: ModelCard, fresh: ModelCard, keep: set[str]) -> ModelCard:

@@ -183,7 +183,8 @@ def test_an_output_that_is_no_folder(command, tmp_path):
 
 
 def run_script(args, processes=1, **env):
-    launch = [sys.executable] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
+    several = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launch = [sys.executable, *(several if processes > 1 else [])]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", **env}
     env["PYTHONPATH"] = str(EXAMPLE.parents[1])
     done = subprocess.run([*launch, *args], env=env, capture_output=True, text=True, check=False)
