@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from ..errors import ConfigError
-from ..hub.checkpoint import SUBFOLDER
+from ..errors import ConfigError, UnsupportedModelError
+from ..families.table import find_parts
+from ..hub.checkpoint import SUBFOLDER, attached_folder
+from ..hub.resolve import check_scorer
 from ..pocket.examples import PocketExamples
 from ..pocket.model import WEIGHTS
 from ..pocket.testbeds import POCKET
@@ -13,12 +16,13 @@ from ..scorer.model import GripScorer
 from ..selectors import SELECTORS, get_selector
 from ..selectors.grip import GripSelector
 from .downsampling import DOWNSAMPLING
-from .methods import Downsampling, Oracle
+from .methods import Downsampling, Oracle, Pruned
 from .runner import Judged
 
 SHIPPED_FOLDER = WEIGHTS.parent / "scorers"  # but for "grip", which is the GRIP part of the pocket checkpoint
 SHIPPED = ("grip", "warmup", "relaxed")
 ORACLE = "oracle"
+BASELINES = ("random", "grid", "cls_attention", "similarity", "diversity")
 
 
 def pocket_examples(examples: int, seed: int = 0, testbed: str = POCKET.name) -> PocketExamples:
@@ -33,7 +37,7 @@ def pocket_examples(examples: int, seed: int = 0, testbed: str = POCKET.name) ->
 
 
 def named_selectors(
-    specs: Iterable[str], seed: int = 0, pocket: bool = True, testbed: str = POCKET.name
+    specs: Iterable[str], seed: int = 0, pocket: bool = True, own: str | None = None, testbed: str = POCKET.name
 ) -> dict[str, Judged | list[Judged]]:
     """Selectors from what a user writes.
 
@@ -43,7 +47,8 @@ def named_selectors(
             the first testbed "grip", "warmup" and "relaxed" (the scorers shipped with it).
         seed: For selectors that draw at random.
         pocket: Whether a pocket model is evaluated.
-        testbed: Which one.
+        own: Folder of the scorer that came with the model, which is "grip".
+        testbed: Which pocket model.
 
     Raises:
         ConfigError: A name is unknown, given twice, or none is given.
@@ -63,15 +68,66 @@ def named_selectors(
             found[name] = Oracle()
         elif name in shipped:
             found[name] = get_selector("grip", scorer=shipped_scorer(name))
+        elif name == "grip" and own is not None:
+            found[name] = get_selector("grip", scorer=own)
         elif name in SELECTORS and name != "grip":
             found[name] = get_selector(name, seed=seed)
         else:
-            own = [*shipped, ORACLE] if pocket else []
-            known = sorted({*SELECTORS, DOWNSAMPLING, *own} - (set() if shipped else {"grip"}))
+            extra = [*shipped, ORACLE] if pocket else []
+            known = sorted({*SELECTORS, DOWNSAMPLING, *extra} - (set() if shipped or own else {"grip"}))
             raise ConfigError(f"selector must be label=folder of a scorer or one of {known}, got {spec!r}")
     if not found:
         raise ConfigError("give at least one selector")
     return found
+
+
+def choose(
+    model: Any,
+    specs: Sequence[str] | None,
+    seed: int = 0,
+    pocket: bool = True,
+    force: bool = False,
+    testbed: str = POCKET.name,
+) -> tuple[dict[str, Judged | list[Judged]], list[str]]:
+    """Selectors for a model: those asked for, or its own scorer and baselines.
+
+    Args:
+        model: The model, without a patch.
+        specs: What a user writes (see `named_selectors`); None takes the scorer that came with the model, if any, and
+            those of `BASELINES` that can work with it.
+        seed: For selectors that draw at random.
+        pocket: Whether it is the pocket model.
+        force: Take scorers that were trained for another model.
+        testbed: Which pocket model it is.
+
+    Returns:
+        The selectors by name, and the names of baselines that are left out.
+
+    Raises:
+        ConfigError, ScorerError: See `named_selectors`; or a scorer was trained for another model.
+    """
+    own = None if pocket else attached_folder(model)
+    if specs is not None:
+        chosen, left_out = named_selectors(specs, seed, pocket, own, testbed), []
+    else:
+        shipped = pocket and testbed == POCKET.name
+        chosen = named_selectors([*(["grip"] if shipped or own else []), *BASELINES], seed, pocket, own, testbed)
+        left_out = [name for name in BASELINES if not _works(model, chosen[name])]
+        chosen = {name: one for name, one in chosen.items() if name not in left_out}
+    parts = find_parts(model)
+    for found in chosen.values():
+        for one in found if isinstance(found, Sequence) else [found]:
+            if isinstance(one, GripSelector):
+                check_scorer(parts, one.scorer, force)
+    return chosen, left_out
+
+
+def _works(model: Any, one: Any) -> bool:
+    try:
+        Pruned(one).check(model)
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def is_scorer(one: Judged | Sequence[Judged]) -> bool:
