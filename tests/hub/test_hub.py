@@ -16,8 +16,8 @@ from loopback_hub import READER, Repo
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load
-from tiny import HIDDEN, build, make_inputs, select_by_content
-from transformers import LlavaForConditionalGeneration
+from tiny import HIDDEN, TEXT, TINY, AutoModelForImageTextToText, build, make_inputs, select_by_content
+from transformers import LlavaForConditionalGeneration, Qwen2Config
 
 from grip_hf import GripConfig, GripScorer, apply_grip, remove_grip
 from grip_hf.errors import ConfigError, HubError, ScorerError
@@ -351,6 +351,17 @@ def test_scorers_of_other_families_are_refused(model, tmp_path):
     }
     other = build("qwen2_vl")
     with pytest.raises(ScorerError, match=r"made for a model \(model_type 'llava'.*has model_type 'qwen2_vl'"):
+        apply_grip(other, scorer=tmp_path)
+    assert "grip" not in vars(other)
+
+
+def test_scorers_of_another_language_model_are_refused(model, tmp_path):
+    """Of the same width, in a model of the same type."""
+    apply_grip(model, scorer=tiny_scorer(), num_tokens=3).grip.save_pretrained(tmp_path)
+    config = TINY["llava"].config()
+    config.text_config = Qwen2Config(**TEXT)
+    other = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(ScorerError, match=r"text_model_type 'llama'\), but .* has text_model_type 'qwen2'"):
         apply_grip(other, scorer=tmp_path)
     assert "grip" not in vars(other)
 

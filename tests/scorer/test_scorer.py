@@ -233,6 +233,9 @@ def test_save_and_load(tmp_path):
     assert torch.equal(loaded(*inputs), scorer(*inputs))
     again, info = GripScorer.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.bfloat16)
     assert again.dtype == torch.bfloat16 and not info["missing_keys"]
+    again.save_pretrained(tmp_path / "small")
+    assert all(value.dtype == torch.bfloat16 for value in load_file(tmp_path / "small" / "model.safetensors").values())
+    assert GripScorer.from_pretrained(tmp_path / "small").dtype == torch.float32
 
 
 def damage(folder, how):

@@ -154,6 +154,29 @@ def test_cached_decoding_sees_the_same_tokens(name, attention, settings):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_later_layers_remember_after_a_whole_picture(name, attention):
+    """Nothing is padded but fillers; a second turn keeps all of its picture, and decoding gives no mask."""
+    plain, inputs = build(), tiny.make_inputs("llava", [[3, tiny.IMAGE, 4]] * 2)
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    gone = reference(plain, inputs, name, [2, 13])
+    model, tokens = build(attention), torch.tensor([[5, 7], [9, 8]])
+    apply_grip(model, selector=name, selector_kwargs=METHODS[name][0], keep_ratio=0.5)
+    with torch.no_grad():
+        with model.grip.budget(num_tokens=[2, 13]):
+            cache = model(**inputs, use_cache=True)[CACHE]
+        with model.grip.disabled():
+            found = [model(input_ids=ids, pixel_values=pixels.flip(0), **{CACHE: cache}).logits]
+        found += [model(input_ids=token, **{CACHE: cache}).logits for token in tokens.split(1, 1)]
+    whole = {"input_ids": torch.cat([ids, ids, tokens], 1)}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    whole["pixel_values"] = torch.stack([pixels, pixels.flip(0)], 1).flatten(0, 1)  # row by row
+    long = {first: torch.nn.functional.pad(one, (0, ids.shape[1] + 2)) for first, one in gone.items()}
+    expected = masked_run(plain, whole, long).logits[:, ids.shape[1] :]
+    torch.testing.assert_close(torch.cat(found, 1), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_an_answer_does_not_rank(name, padded):
     """In training the call holds the answer too: what is dropped must be what generation drops."""

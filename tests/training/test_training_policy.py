@@ -132,6 +132,29 @@ def test_rows_of_different_sizes_in_one_batch(store, scored):
 
 
 @TRAINING
+def test_the_scorer_is_told_the_share_that_each_group_keeps(store):
+    """Also of groups with padding; the gradient reaches the budget's weights by it."""
+    scorer, sizes, counts = make_scorer(), [5, 9, 16, 12], [1, 6, 16, 20]
+    batch = FewTokens(store, sizes).visual([0, 1, 2, 3], torch.tensor(counts))
+    ratios = [min(count / size, 1.0) for count, size in zip(counts, sizes, strict=True)]
+    found = score_groups(scorer, batch)
+    for row, (size, ratio) in enumerate(zip(sizes, ratios, strict=True)):
+        one, words = slice(row, row + 1), int(batch.text_mask[row].sum())
+        assert batch.text_mask[row, :words].all()
+        expected = scorer(
+            batch.tokens[one, :size],
+            torch.ones(1, size, dtype=torch.bool),
+            batch.text[one, :words],
+            torch.ones(1, words, dtype=torch.bool),
+            torch.tensor([ratio]),
+            batch.positions[one, :size],
+        )
+        torch.testing.assert_close(found[row, :size], expected[0], atol=1e-4, rtol=0)
+    spread = [score_groups(scorer, store.visual([2], torch.tensor([count])))[0] for count in (1, 8)]
+    assert (spread[0] - spread[1]).abs().max() > 1e-2  # so that another ratio would show above
+
+
+@TRAINING
 def test_a_group_is_scored_once(store):
     scorer = make_scorer()
     policy, sizes = PruningPolicy.around(scorer, store, TOKENS), []

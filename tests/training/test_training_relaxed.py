@@ -1,8 +1,12 @@
 import pytest
 import torch
-from classroom import TOKENS, make_scorer, make_store
+from classroom import TOKENS, build_vlm, make_scorer, make_store
+from classroom import rows as picture_rows
 from versions import TRAINING
 
+from grip_hf.frozen.data import DatasetExamples
+from grip_hf.frozen.store import SampleStore
+from grip_hf.frozen.vlm import FrozenVLM
 from grip_hf.training.policy import score_groups
 from grip_hf.training.relaxed import RelaxedTrainer, gated_mask, soft_topk, straight_through
 from grip_hf.training.supervised import training_arguments
@@ -92,6 +96,32 @@ def test_gradients_tell_what_a_dropped_token_would_do(store):
         with torch.no_grad():
             difference = float(told(moved) - told(gates.detach())) / step
         assert float(slope[0, token]) == pytest.approx(difference, rel=0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_the_loss_is_divergence_minus_probability_of_the_drawn_keep_sets(tmp_path, draws):
+    """The same Gumbel noise, picked by sorting; the answers are judged by really dropping tokens."""
+    # Answers of one token, the model's own, so that their probability weighs something.
+    examples = [{name: value for name, value in row.items() if name != "answer"} for row in picture_rows()]
+    store = SampleStore(FrozenVLM(*build_vlm(), max_answer_tokens=1), DatasetExamples(examples))
+    scorer, rows, count = make_scorer(), [0, 1, 5, 6], 8
+    args = training_arguments(str(tmp_path), use_cpu=True)
+    trainer = RelaxedTrainer(scorer, store, args, (count / TOKENS, count / TOKENS), draws=draws)
+    torch.manual_seed(4)
+    found = trainer.loss(scorer, rows)
+    with torch.no_grad():
+        scores = score_groups(scorer, store.visual(rows, torch.full((len(rows),), count)))
+    torch.manual_seed(4)
+    noise = -torch.empty(draws * len(rows), TOKENS).exponential_().log()
+    total, chance = 0.0, 0.0
+    for place, noisy in enumerate(noise + torch.cat([scores] * draws)):
+        keep = torch.zeros(TOKENS, dtype=torch.bool)
+        keep[sorted(range(TOKENS), key=lambda token: -float(noisy[token]))[:count]] = True
+        verdict = store.judge(store.samples([rows[place % len(rows)]]), [keep])
+        chance += float(verdict.log_prob.exp()) / len(noise)
+        total += float(verdict.kl - verdict.log_prob.exp()) / len(noise)
+    assert chance > 0.03
+    assert found.item() == pytest.approx(total, abs=1e-3)
 
 
 def test_the_relaxation_learns(tmp_path, store):

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +79,31 @@ def test_the_greedy_member_keeps_the_best_and_is_not_trained_on(store):
     scores = score_groups(scorer, store.visual([2], torch.tensor([4])))[0]
     assert out["completion_ids"][0] == scores.argsort(descending=True)[:4].tolist()
     assert out["env_mask"] == [[0] * 4] + [[1] * 4] * 3
+
+
+@pytest.mark.parametrize("temperature", [0.4, 2.5])
+def test_the_trainers_temperature_is_that_of_the_draws(store, temperature):
+    """How often each token is the only one picked is its share of a softmax at the temperature, computed here."""
+    scorer, draws = make_scorer(), 800
+    policy = PruningPolicy.around(scorer, store, TOKENS)
+    trainer = trainer_of(policy)
+    trainer.temperature = temperature
+    torch.manual_seed(0)
+    out = make_rollout(store, BudgetRange(1 / TOKENS, 1 / TOKENS))(prompts([2] * draws), trainer)
+    found = [0.0] * TOKENS
+    for (pick,) in out["completion_ids"]:
+        found[pick] += 1 / draws
+    with torch.no_grad():
+        scores = score_groups(scorer, store.visual([2], torch.tensor([1])))[0].tolist()
+
+    def shares(heat):
+        weights = [math.exp(score / heat) for score in scores]
+        return [weight / sum(weights) for weight in weights]
+
+    right, plain = shares(temperature), shares(1.0)
+    assert sum(abs(a - b) for a, b in zip(right, plain, strict=True)) > 0.4
+    for share, expected in zip(found, right, strict=True):
+        assert share == pytest.approx(expected, abs=4 * math.sqrt(expected / draws) + 1 / draws)
 
 
 def test_evaluation_is_greedy_throughout(store):

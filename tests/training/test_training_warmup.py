@@ -51,6 +51,17 @@ def test_targets_are_what_the_frozen_model_answers_better_with(tmp_path):
     assert any(taken) and not all(taken)  # both kinds were among them
 
 
+def test_budgets_change_with_places_and_steps_and_come_back(tmp_path):
+    trainer = WarmupTrainer(make_scorer(), make_store(), training_arguments(str(tmp_path), use_cpu=True), (0.1, 1.0))
+    drawn = []
+    for step in (0, 1, 0):
+        trainer.state.global_step = step
+        drawn.append(trainer.draw_budgets([3] * 12).tolist())
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert len({*drawn[0], *drawn[1]}) > 3
+    assert all(round(0.1 * TOKENS) <= count <= TOKENS for count in drawn[0] + drawn[1])
+
+
 @pytest.mark.parametrize("target", ["combined", "gradient", "attention"])
 def test_warm_up_learns_the_targets(tmp_path, target):
     store, scorer = make_store(), make_scorer()
