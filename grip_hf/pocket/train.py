@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from grip_hf.pocket.lessons import Lesson, PocketTrainer, lessons
 from grip_hf.pocket.model import build_model, build_processor
+from grip_hf.pocket.names import name_for_all_readers
 from grip_hf.pocket.report import accuracies
 
 STAGES = ("see", "speak", "both")
@@ -64,6 +65,7 @@ def train(
         first += steps
     if accelerator.is_main_process:
         trainer.model.bfloat16().save_pretrained(output / "model")
+        name_for_all_readers(output / "model" / "model.safetensors")
         build_processor().save_pretrained(output / "model")
     accelerator.end_training()
 
