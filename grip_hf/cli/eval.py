@@ -14,6 +14,7 @@ from .screen import JsonFile, budget_list, failures, in_folder, quiet, say, spli
 
 def evaluate(
     pocket: options.Pocket = False,
+    testbed: options.Testbed = "pocket",
     model: options.Model = None,
     dataset: options.Dataset = None,
     split: options.Split = None,
@@ -48,7 +49,7 @@ def evaluate(
     Started by `accelerate launch` or `torchrun`, its processes share the examples; the table stays the same.
     """
     choice = ModelChoice(
-        pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation
+        pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation, testbed
     )
     asked = budget_list(budgets)
     quiet()
@@ -61,10 +62,10 @@ def evaluate(
 
     with failures():
         loaded, processor = choice.load()
-        chosen, left_out = choose(loaded, selectors and split_list(selectors), seed, pocket, force)
+        chosen, left_out = choose(loaded, selectors and split_list(selectors), seed, pocket, force, testbed)
         facts: dict[str, Any] = {}
         if pocket:
-            rows: Any = pocket_examples(examples, seed)
+            rows: Any = pocket_examples(examples, seed, testbed)
         else:
             wanted = (*TEST_SPLITS, *TRAIN_SPLITS)
             screened = load_examples(str(dataset), split, examples, seed, on_bad_row, wanted)

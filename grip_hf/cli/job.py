@@ -60,8 +60,8 @@ class Job:
         """The frozen model, the examples to train on, and those to evaluate on (or None)."""
         held_out, seed = self.held_out, self.plan.seed
         if self.choice.dataset is None:
-            train: Any = PocketExamples(self.plan.data["examples"], seed)
-            held: Any = PocketExamples(held_out, seed, "test") if held_out else None
+            train: Any = PocketExamples(self.plan.data["examples"], seed, testbed=self.choice.testbed)
+            held: Any = PocketExamples(held_out, seed, "test", self.choice.testbed) if held_out else None
         else:
             limit = self.plan.data["examples"] + held_out
             if cache is not None:
@@ -109,7 +109,7 @@ class Job:
         specs = [f"{name}={self.plan.output / name / 'scorer'}" for name in stages]
         pocket = self.choice.dataset is None
         names = [*specs, "random", "grid", "similarity", *(["oracle"] if pocket else [])]
-        selectors = named_selectors(names, self.plan.seed, pocket)
+        selectors = named_selectors(names, self.plan.seed, pocket, self.choice.testbed)
         found = evaluate(vlm.model, vlm.processor, held, selectors, BUDGETS, 16, processes=state, metric=self.metric)
         if state.is_main_process:
             show(found)

@@ -34,6 +34,7 @@ class ModelChoice:
     quantize: str | None = None
     device_map: str | None = None
     attention: str | None = None
+    testbed: str = "pocket"
 
     def __post_init__(self) -> None:
         if self.pocket == (self.model is not None) or (self.model is None) != (self.dataset is None):
@@ -44,7 +45,7 @@ class ModelChoice:
     @property
     def name(self) -> str:
         """What tables call the model."""
-        return "pocket" if self.model is None else self.model
+        return self.testbed if self.model is None else self.model
 
     def facts(self) -> dict[str, Any]:
         """How it was loaded, as plain data, without where."""
@@ -61,7 +62,7 @@ class ModelChoice:
 
         device = find_device(self.device)
         if self.model is None:
-            model, processor = load_pocket(self.pocket_model)
+            model, processor = load_pocket(self.pocket_model, self.testbed)
             return model.to(device), processor
         return load_model(self.model, self.quantize, self.device_map, self.dtype, self.attention, device)
 

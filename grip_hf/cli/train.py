@@ -63,6 +63,7 @@ def train(
     metric: options.Metric = "exact",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure a few steps and estimate the rest.")] = False,
     pocket_model: options.PocketModel = None,
+    testbed: options.Testbed = "pocket",
 ) -> None:
     """Train a scorer: supervised warm-up, then GRPO on TRL's trainer (or the relaxation that it is compared with).
 
@@ -73,7 +74,7 @@ def train(
     if device not in ("auto", "cpu", "cuda"):
         raise typer.BadParameter(f"--device must be auto, cpu or cuda here (CUDA_VISIBLE_DEVICES=N), got {device!r}")
     choice = ModelChoice(
-        pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation
+        pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation, testbed
     )
     quiet()
     low_high = _numbers(budgets, 2, "--budgets")

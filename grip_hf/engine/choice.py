@@ -143,6 +143,7 @@ def _visual_batch(
         image_index=groups.pick(image),
         taps={name: groups.pick(spread_taps(tap, call.visual, name)) for name, tap in taps.items()},
         text_index=index,
+        token_index=groups.place,
     )
 
 

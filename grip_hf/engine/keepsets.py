@@ -30,6 +30,7 @@ class VisualBatch:
         taps: extra features per token that the selector asked for, each [G, N, ...].
         text_index: [G, T] long, where each text token stands in its row of the call, 0 at padding; None where there
             is no call.
+        token_index: [G, N] long, where each visual token stands there, 0 at padding; None where there is no call.
     """
 
     tokens: Tensor
@@ -41,6 +42,7 @@ class VisualBatch:
     image_index: Tensor
     taps: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     text_index: Tensor | None = None
+    token_index: Tensor | None = None
 
 
 def check_finite(scores: Tensor, mask: Tensor) -> None:

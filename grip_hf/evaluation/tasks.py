@@ -11,6 +11,7 @@ from ..hub.checkpoint import SUBFOLDER, attached_folder
 from ..hub.resolve import check_scorer
 from ..pocket.examples import PocketExamples
 from ..pocket.model import WEIGHTS
+from ..pocket.testbeds import POCKET
 from ..scorer.model import GripScorer
 from ..selectors import SELECTORS, get_selector
 from ..selectors.grip import GripSelector
@@ -24,27 +25,33 @@ ORACLE = "oracle"
 BASELINES = ("random", "grid", "cls_attention", "similarity", "diversity")
 
 
-def pocket_examples(examples: int, seed: int = 0) -> PocketExamples:
+def pocket_examples(examples: int, seed: int = 0, testbed: str = POCKET.name) -> PocketExamples:
     """Held-out questions about pocket scenes that nothing was trained on, every family equally often.
 
     Args:
         examples: Number of questions.
         seed: Which scenes; any integer >= 0.
+        testbed: "pocket" or "pocket2".
     """
-    return PocketExamples(examples, seed, split="test")
+    return PocketExamples(examples, seed, "test", testbed)
 
 
 def named_selectors(
-    specs: Iterable[str], seed: int = 0, pocket: bool = True, own: str | None = None
+    specs: Iterable[str],
+    seed: int = 0,
+    pocket: bool = True,
+    testbed: str = POCKET.name,
+    own: str | None = None,
 ) -> dict[str, Judged | list[Judged]]:
     """Selectors from what a user writes.
 
     Args:
         specs: Each the name of a selector, "downsampling", `label=folder` for a scorer of your own or
-            `label=folder+folder+...` for several trainings of one, and for the pocket model also "grip", "warmup",
-            "relaxed" (the scorers shipped with it) and "oracle".
+            `label=folder+folder+...` for several trainings of one, for a pocket model also "oracle", and for that of
+            the first testbed "grip", "warmup" and "relaxed" (the scorers shipped with it).
         seed: For selectors that draw at random.
-        pocket: Whether the pocket model is evaluated.
+        pocket: Whether a pocket model is evaluated.
+        testbed: Which one.
         own: Folder of the scorer that came with the model, which is "grip".
 
     Raises:
@@ -52,6 +59,7 @@ def named_selectors(
         ScorerError: A scorer cannot be loaded.
     """
     found: dict[str, Judged | list[Judged]] = {}
+    shipped = SHIPPED if pocket and testbed == POCKET.name else ()
     for spec in specs:
         name, _, folders = spec.partition("=")
         if name in found:
@@ -62,15 +70,15 @@ def named_selectors(
             found[name] = Downsampling()
         elif pocket and name == ORACLE:
             found[name] = Oracle()
-        elif pocket and name in SHIPPED:
+        elif name in shipped:
             found[name] = get_selector("grip", scorer=shipped_scorer(name))
         elif name == "grip" and own is not None:
             found[name] = get_selector("grip", scorer=own)
         elif name in SELECTORS and name != "grip":
             found[name] = get_selector(name, seed=seed)
         else:
-            shipped = [*SHIPPED, ORACLE] if pocket else []
-            known = sorted({*SELECTORS, DOWNSAMPLING, *shipped} - (set() if pocket or own else {"grip"}))
+            more = [*shipped, ORACLE] if pocket else []
+            known = sorted({*SELECTORS, DOWNSAMPLING, *more} - (set() if shipped or own else {"grip"}))
             raise ConfigError(f"selector must be label=folder of a scorer or one of {known}, got {spec!r}")
     if not found:
         raise ConfigError("give at least one selector")
@@ -78,7 +86,12 @@ def named_selectors(
 
 
 def choose(
-    model: Any, specs: Sequence[str] | None, seed: int = 0, pocket: bool = True, force: bool = False
+    model: Any,
+    specs: Sequence[str] | None,
+    seed: int = 0,
+    pocket: bool = True,
+    force: bool = False,
+    testbed: str = POCKET.name,
 ) -> tuple[dict[str, Judged | list[Judged]], list[str]]:
     """Selectors for a model: those asked for, or its own scorer and baselines.
 
@@ -89,6 +102,7 @@ def choose(
         seed: For selectors that draw at random.
         pocket: Whether it is the pocket model.
         force: Take scorers that were trained for another model.
+        testbed: Which pocket model.
 
     Returns:
         The selectors by name, and the names of baselines that are left out.
@@ -96,11 +110,12 @@ def choose(
     Raises:
         ConfigError, ScorerError: See `named_selectors`; or a scorer was trained for another model.
     """
-    own = None if pocket else attached_folder(model)
+    first = pocket and testbed == POCKET.name  # it brings its scorers in the package
+    own = None if first else attached_folder(model)
     if specs is not None:
-        chosen, left_out = named_selectors(specs, seed, pocket, own), []
+        chosen, left_out = named_selectors(specs, seed, pocket, testbed, own), []
     else:
-        chosen = named_selectors([*(["grip"] if pocket or own else []), *BASELINES], seed, pocket, own)
+        chosen = named_selectors([*(["grip"] if first or own else []), *BASELINES], seed, pocket, testbed, own)
         left_out = [name for name in BASELINES if not _works(model, chosen[name])]
         chosen = {name: one for name, one in chosen.items() if name not in left_out}
     parts = find_parts(model)

@@ -90,6 +90,16 @@ class Attended:
         """[B, S, C] keys, averaged over heads."""
         return self._projected("k", self.hidden).mean(-2)
 
+    def keys(self) -> Tensor:
+        """[B, S, D] keys of all heads."""
+        return self._projected("k", self.hidden).flatten(-2)
+
+    def joint_salience(self) -> Tensor:
+        """[B, S] attention as in `salience`, but as if all heads were one."""
+        asking = self.hidden[:, :1] if self.tower.prefix else self.hidden
+        query, key = self._projected("q", asking).flatten(-2)[:, :, None], self.keys()[:, :, None]
+        return attention_received(query, key, key.shape[-1] ** -0.5, self.mask)
+
     def salience(self) -> Tensor:
         """[B, S] attention that each token gets: from [CLS] if there is one, else from all tokens on average."""
         return self._received(self.hidden[:, :1] if self.tower.prefix else self.hidden)

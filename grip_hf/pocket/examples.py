@@ -12,11 +12,12 @@ import torch
 from ..errors import ConfigError, DatasetError, SourceError
 from ..frozen.data import Example
 from ..frozen.sources import load_model
-from .model import load_pocket_llava
-from .questions import FAMILIES, Question
+from . import model as shipped
+from .questions import Question
 from .scenes import Scene, make_scene
+from .testbeds import POCKET, TESTBEDS
 
-# Train scenes from here on were not used to train the pocket model.
+# Train scenes from here on were not used to train the pocket models.
 FIRST_TRAIN_SCENE = 500_000_000
 SCENES_PER_SEED = 1_000_000
 
@@ -30,14 +31,18 @@ class PocketExamples:
         rows: How many.
         seed: Which scenes; seeds share none.
         split: "train" or "test".
+        testbed: "pocket" or "pocket2".
 
     Raises:
-        ConfigError: `rows` or `seed` is out of range.
+        ConfigError: `rows` or `seed` is out of range, or there is no such testbed.
     """
 
-    def __init__(self, rows: int, seed: int = 0, split: str = "train") -> None:
-        if not 1 <= rows <= SCENES_PER_SEED * len(FAMILIES):
-            raise ConfigError(f"rows must be from 1 to {SCENES_PER_SEED * len(FAMILIES)}, got {rows!r}")
+    def __init__(self, rows: int, seed: int = 0, split: str = "train", testbed: str = POCKET.name) -> None:
+        if testbed not in TESTBEDS:
+            raise ConfigError(f"testbed must be one of {', '.join(TESTBEDS)}, got {testbed!r}")
+        self.testbed, self.families = testbed, TESTBEDS[testbed].families
+        if not 1 <= rows <= SCENES_PER_SEED * len(self.families):
+            raise ConfigError(f"rows must be from 1 to {SCENES_PER_SEED * len(self.families)}, got {rows!r}")
         if seed < 0:
             raise ConfigError(f"seed must be >= 0, got {seed!r}")
         self.rows, self.split = rows, split
@@ -57,9 +62,9 @@ class PocketExamples:
         """
         if not 0 <= row < self.rows:
             raise DatasetError(f"row must be from 0 to {self.rows - 1}, got {row}")
-        place, turn = divmod(row, len(FAMILIES))
-        scene = cached_scene(self.first + place, self.split)
-        for family in FAMILIES[turn:] + FAMILIES[:turn]:
+        place, turn = divmod(row, len(self.families))
+        scene = cached_scene(self.first + place, self.split, testbed=self.testbed)
+        for family in self.families[turn:] + self.families[:turn]:
             fitting = [question for question in scene.questions if question.family == family]
             if fitting:
                 return scene, random.Random(f"{self.first}/{row}").choice(fitting)
@@ -80,16 +85,16 @@ def oracle_order(scene: Scene, question: Question) -> list[int]:
     return list(dict.fromkeys([*question.evidence, *others, *rest]))
 
 
-def load_pocket(folder: str | Path | None = None) -> tuple[Any, Any]:
-    """The pocket model that is shipped, or another one of its kind from a folder, in float32.
+def load_pocket(folder: str | Path | None = None, testbed: str = POCKET.name) -> tuple[Any, Any]:
+    """The model that is shipped for a testbed, or another one of its kind from a folder, in float32.
 
     Raises:
         SourceError: There is none.
     """
     if folder is None:
         try:
-            return load_pocket_llava()
-        except FileNotFoundError as error:
+            return shipped.load_pocket(testbed)
+        except (FileNotFoundError, ValueError) as error:
             raise SourceError(str(error)) from error
     model, processor = load_model(str(folder))
     return model.to(torch.float32), processor

@@ -1,52 +1,20 @@
-"""What one training step of the pocket model does: batches of fresh scenes, and the losses of both stages."""
+"""What one training step of the pocket model does: the losses of its stages."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from grip_hf.pocket.dense import NAMED, TOKENS, DenseHeads, dense_labels
+from grip_hf.pocket.batches import WORD_IDS, Lesson, to_lesson
+from grip_hf.pocket.dense import NAMED, DenseHeads
 from grip_hf.pocket.guidance import LAYER, guidance_loss
-from grip_hf.pocket.packing import IGNORE, PREFIX, Packed, pack
-from grip_hf.pocket.questions import FAMILIES
-from grip_hf.pocket.scenes import Scene, make_scene
-from grip_hf.pocket.vocabulary import NUMBERS, vocabulary
-
-WORD_IDS = {token: i for i, token in enumerate(vocabulary())}
-
-
-@dataclass
-class Lesson:
-    """A batch: pixels `[B, 3, 192, 192]` in [-1, 1], dense labels `[B, 144]` each, packed questions and families."""
-
-    pixels: torch.Tensor
-    dense: dict[str, torch.Tensor]
-    packed: Packed
-    families: list[list[str]]
-
-
-def to_lesson(scenes: Sequence[Scene]) -> Lesson:
-    """Turn scenes into tensors. Pixels are scaled as the shipped image processor scales them."""
-    pixels = np.stack([np.asarray(scene.image) for scene in scenes]).transpose(0, 3, 1, 2)
-    labels = [dense_labels(scene.items) for scene in scenes]
-    return Lesson(
-        pixels=torch.from_numpy(np.ascontiguousarray(pixels)).float().div(127.5).sub(1),
-        dense={name: torch.from_numpy(np.stack([label[name] for label in labels])) for name in labels[0]},
-        packed=pack([scene.questions for scene in scenes], WORD_IDS),
-        families=[[question.family for question in scene.questions] for scene in scenes],
-    )
-
-
-def lessons(start: int, stop: int, batch: int, rank: int, world: int, seed: int) -> Iterator[Lesson]:
-    """Training batches of steps `start` to `stop`; each scene's seed follows from step, rank and place alone."""
-    for step in range(start, stop):
-        first = seed * 100_000_000 + (step * world + rank) * batch
-        yield to_lesson([make_scene(first + i, "train") for i in range(batch)])
+from grip_hf.pocket.packing import IGNORE, Packed
+from grip_hf.pocket.scenes import Scene
+from grip_hf.pocket.testbeds import POCKET
+from grip_hf.pocket.vocabulary import NUMBERS
 
 
 class PocketTrainer(nn.Module):
@@ -56,17 +24,33 @@ class PocketTrainer(nn.Module):
         model: The pocket LLaVA.
     """
 
+    testbed = POCKET
+    stages: tuple[str, ...] = ("see", "speak", "both")
     worth: torch.Tensor
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
-        worth = torch.ones(len(WORD_IDS))
+        worth = torch.ones(len(self.testbed.words))
         worth[[WORD_IDS[number] for number in NUMBERS]] = 4.0  # counting is what it is slowest to learn
         self.register_buffer("worth", worth, persistent=False)
+        self.heads: Any = self.make_heads()
+
+    def make_heads(self) -> nn.Module:
+        """The heads of dense supervision."""
         word_ids = {name: [WORD_IDS[word] for word in words] for name, words in NAMED.items()}
-        language, tower = model.model.language_model, model.model.vision_tower
-        self.heads = DenseHeads(word_ids, language.config.hidden_size, tower.config.hidden_size)
+        language, tower = self.model.model.language_model, self.model.model.vision_tower
+        return DenseHeads(word_ids, language.config.hidden_size, tower.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def schedule(self, progress: float, stage: str, step: int) -> float:
+        """Set the weight of the guidance for a step of a stage; the share of visual tokens that stays in it."""
+        self.guidance = 1.0 if progress < 0.5 else 0.3
+        return 1.0 if stage == "see" or step % 3 else float(torch.rand(()) * 0.7 + 0.3)
 
     def look(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Projected visual tokens `[B, 144, D]` and the [CLS] state `[B, V]`."""
@@ -95,11 +79,11 @@ class PocketTrainer(nn.Module):
         return loss, report
 
     def answer_loss(
-        self, tokens: torch.Tensor, packed: Packed, keep: float
+        self, tokens: torch.Tensor, packed: Packed, keep: float, places: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Cross-entropy of the answers plus the guidance of `guidance_loss`."""
-        kept = _kept(packed, keep)
-        logits, guidance = self.speak(tokens, packed, kept)
+        kept = _kept(packed, keep) if places is None else None
+        logits, guidance = self.speak(tokens, packed, kept, places)
         asked = packed.labels != IGNORE
         target = packed.labels[asked]
         answers = F.cross_entropy(logits[asked].float(), target, weight=self.worth)
@@ -109,25 +93,27 @@ class PocketTrainer(nn.Module):
     guidance = 1.0  # weight of the guidance loss
 
     def speak(
-        self, tokens: torch.Tensor, packed: Packed, kept: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        packed: Packed,
+        kept: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `[B, T, V]` at the question tokens, and the guidance loss.
 
         Args:
-            tokens: Projected visual tokens `[B, 144, D]`.
+            tokens: Projected visual tokens `[B, N, D]`.
             packed: The questions.
             kept: Visual tokens that stay `[B, K]`, ascending; None keeps all. Positions stay the original ones.
+            places: For smaller pictures, the visual token of the full one in whose place each stands `[B, N]`.
         """
         language = self.model.model.language_model
-        batch = len(tokens)
-        mask, looks = packed.attention_mask(), packed.looks
-        places = torch.arange(PREFIX, device=tokens.device).expand(batch, -1)
+        batch, looks = len(tokens), packed.looks
+        where = torch.arange(looks.shape[-1], device=tokens.device).expand(batch, -1) if places is None else places
         if kept is not None:
             tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
             looks = looks.gather(2, kept[:, None].expand(-1, looks.shape[1], -1))
-            places = torch.cat([places[:, :1], 1 + kept], 1)
-            columns = torch.cat([places, PREFIX + torch.arange(packed.ids.shape[1]).expand(batch, -1)], 1)
-            mask = torch.stack([m[:, c][:, :, c] for m, c in zip(mask, columns, strict=True)])
+            where = kept
         embed = language.embed_tokens
         start = embed(torch.full((batch, 1), WORD_IDS["<s>"], device=tokens.device))
         states = torch.cat([start, tokens.to(start.dtype), embed(packed.ids)], 1)
@@ -136,11 +122,13 @@ class PocketTrainer(nn.Module):
         with attention.register_forward_pre_hook(lambda _, args, kwargs: caught.update(kwargs), with_kwargs=True):
             out = language(
                 inputs_embeds=states,
-                attention_mask=mask,
-                position_ids=torch.cat([places, packed.positions], 1),
+                attention_mask=packed.attention_mask(where.shape[1]),
+                position_ids=torch.cat([torch.zeros_like(where[:, :1]), 1 + where, packed.positions], 1),
                 use_cache=False,
             ).last_hidden_state
-        logits = self.model.lm_head(out[:, places.shape[1] :])
+        logits = self.model.lm_head(out[:, 1 + where.shape[1] :])
+        if places is not None:  # the evidence is known at full resolution only
+            return logits, logits.new_zeros(())
         return logits, guidance_loss(attention, caught, looks, packed.tallied)
 
 
@@ -149,8 +137,8 @@ def _kept(packed: Packed, keep: float) -> torch.Tensor | None:
     if keep >= 1:
         return None
     needed = packed.looks.any(1)
-    count = max(round(keep * TOKENS), int(needed.sum(-1).max()))
-    order = torch.rand(needed.shape) + needed
+    count = max(round(keep * needed.shape[1]), int(needed.sum(-1).max()))
+    order = torch.rand(needed.shape).to(needed.device) + needed
     return order.topk(count, dim=-1).indices.sort(-1).values
 
 
@@ -160,9 +148,10 @@ def score(trainer: PocketTrainer, scenes: Sequence[Scene], batch: int = 50) -> d
 
     Runs with the true answer fed in: all its tokens win their argmax if and only if greedy decoding writes exactly it.
     """
-    right, asked = dict.fromkeys(FAMILIES, 0), dict.fromkeys(FAMILIES, 0)
+    testbed = trainer.testbed
+    right, asked = dict.fromkeys(testbed.families, 0), dict.fromkeys(testbed.families, 0)
     for first in range(0, len(scenes), batch):
-        lesson = to_lesson(scenes[first : first + batch])
+        lesson = to_lesson(scenes[first : first + batch], testbed).to(trainer.device)
         tokens, _ = trainer.look(lesson.pixels)
         logits, _ = trainer.speak(tokens, lesson.packed)
         wrong = (logits.argmax(-1) != lesson.packed.labels) & (lesson.packed.labels != IGNORE)
@@ -171,4 +160,4 @@ def score(trainer: PocketTrainer, scenes: Sequence[Scene], batch: int = 50) -> d
             for s, family in enumerate(families):
                 asked[family] += 1
                 right[family] += s not in failed
-    return {family: (right[family], asked[family]) for family in FAMILIES}
+    return {family: (right[family], asked[family]) for family in testbed.families}

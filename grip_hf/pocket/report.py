@@ -1,4 +1,4 @@
-"""How good the pocket LLaVA is: `python -m grip_hf.pocket.report --scenes 2000 --seed 0`."""
+"""How good a shipped pocket LLaVA is: `python -m grip_hf.pocket.report --testbed pocket --scenes 2000 --seed 0`."""
 
 import json
 from collections.abc import Sequence
@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from grip_hf.pocket.lessons import PocketTrainer, score
-from grip_hf.pocket.model import load_pocket_llava
-from grip_hf.pocket.questions import CHANCE
+from grip_hf.pocket.lessons2 import make_trainer
+from grip_hf.pocket.model import load_pocket
 from grip_hf.pocket.scenes import make_scene
 from grip_hf.pocket.sprites import STYLES
+from grip_hf.pocket.testbeds import POCKET, TESTBEDS
 
 
 def accuracies(
@@ -29,15 +30,17 @@ def accuracies(
     """
     mode = trainer.training
     trainer.eval()
-    counts = score(trainer, [make_scene(seed + i, "test", tuple(styles)) for i in range(scenes)])
+    testbed = trainer.testbed
+    counts = score(trainer, [make_scene(seed + i, "test", tuple(styles), testbed.name) for i in range(scenes)])
     trainer.train(mode)
     return {
-        family: {"accuracy": right / max(asked, 1), "n": asked, "chance": CHANCE[family]}
+        family: {"accuracy": right / max(asked, 1), "n": asked, "chance": testbed.chance[family]}
         for family, (right, asked) in counts.items()
     }
 
 
 def report(
+    testbed: Annotated[str, typer.Option(help=f"Which testbed: {' or '.join(TESTBEDS)}.")] = POCKET.name,
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first scene.")] = 0,
     styles: Annotated[str, typer.Option(help=f"Art styles, separated by commas, of {', '.join(STYLES)}.")] = (
@@ -45,10 +48,10 @@ def report(
     ),
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the table as data.")] = None,
 ) -> None:
-    """Ask the shipped pocket LLaVA all questions of held-out scenes, with all of its visual tokens."""
+    """Ask a shipped pocket LLaVA all questions of held-out scenes, with all of its visual tokens."""
     chosen = tuple(style.strip() for style in styles.split(","))
-    rows = accuracies(PocketTrainer(load_pocket_llava()[0]), scenes, seed, chosen)
-    table = Table(title=f"unpruned pocket LLaVA, {scenes} held-out scenes from seed {seed}, styles {styles}")
+    rows = accuracies(make_trainer(load_pocket(testbed)[0], testbed), scenes, seed, chosen)
+    table = Table(title=f"unpruned LLaVA of {testbed}, {scenes} held-out scenes from seed {seed}, styles {styles}")
     for column in ("family", "right", "chance", "questions"):
         table.add_column(column, justify="left" if column == "family" else "right")
     for family, row in rows.items():

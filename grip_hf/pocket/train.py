@@ -3,7 +3,8 @@
 Stage "see" teaches the tower and projector to name what lies under each visual token; stage "speak" teaches the
 language model to answer; stage "both" goes on with everything. On CPU, two processes of one thread beat one of two:
 `ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m grip_hf.pocket.train --output runs/pocket`.
-A run that was stopped goes on from its last checkpoint with the same command.
+A run that was stopped goes on from its last checkpoint with the same command. With `--testbed pocket2` it trains the
+model of the second testbed, by the recipe in this folder's README.md; that takes a GPU minutes and a CPU days.
 """
 
 import json
@@ -19,12 +20,12 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-from grip_hf.pocket.lessons import Lesson, PocketTrainer, lessons
-from grip_hf.pocket.model import build_model, build_processor
-from grip_hf.pocket.names import name_for_all_readers
+from grip_hf.pocket.batches import Lesson, Lessons
+from grip_hf.pocket.lessons import PocketTrainer
+from grip_hf.pocket.lessons2 import make_trainer
+from grip_hf.pocket.model import build_model, save_pocket
 from grip_hf.pocket.report import accuracies
-
-STAGES = ("see", "speak", "both")
+from grip_hf.pocket.testbeds import POCKET, get_testbed
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
@@ -35,8 +36,9 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 def train(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished model.")],
+    testbed: Annotated[str, typer.Option(help='Whose model: "pocket" or "pocket2".')] = POCKET.name,
     see_steps: Annotated[int, typer.Option(help="Steps of stage see.")] = 1500,
-    speak_steps: Annotated[int, typer.Option(help="Steps of stage speak.")] = 2200,
+    speak_steps: Annotated[int, typer.Option(help="Steps of stage speak, which pocket2 has not.")] = 2200,
     both_steps: Annotated[int, typer.Option(help="Steps of stage both.")] = 450,
     batch: Annotated[int, typer.Option(help="Scenes per step and process.")] = 16,
     rate: Annotated[float, typer.Option(help="Peak learning rate of stages see and speak.")] = 1.5e-3,
@@ -44,29 +46,34 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of weights and scenes.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
     eval_scenes: Annotated[int, typer.Option(help="Held-out scenes of the report after each stage.")] = 2000,
+    workers: Annotated[int, typer.Option(help="Processes that draw scenes; 0 draws them in between.")] = 0,
 ) -> None:
     """Train the pocket LLaVA, resuming from the last checkpoint in OUTPUT if there is one."""
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(mixed_precision="bf16", kwargs_handlers=[ddp])
     set_seed(seed)
-    trainer = PocketTrainer(build_model(seed))
-    optimizer = torch.optim.AdamW(trainer.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
+    chosen = get_testbed(testbed)
+    trainer = make_trainer(build_model(seed, chosen), testbed)
+    optimizer = torch.optim.AdamW(
+        trainer.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98), fused=accelerator.device.type == "cuda"
+    )
     wrapped, optimizer = accelerator.prepare(trainer, optimizer)
-    course = Course(accelerator, trainer, wrapped, optimizer, output / "checkpoint", batch, seed, save_every)
+    lessons = Lessons(batch, accelerator.process_index, accelerator.num_processes, seed, chosen)
+    course = Course(accelerator, trainer, wrapped, optimizer, output / "checkpoint", lessons, workers, save_every)
     done, first = course.resume(), 0
-    for stage, steps in zip(STAGES, (see_steps, speak_steps, both_steps), strict=True):
+    plan = {"see": see_steps, "speak": speak_steps, "both": both_steps}
+    for stage in trainer.stages:
+        steps = plan[stage]
         if done < first + steps:
             course.run(stage, first, max(done - first, 0), steps, rate_both if stage == "both" else rate)
-            if accelerator.is_main_process:
+            if accelerator.is_main_process and (stage != "see" or chosen is POCKET):
                 rows = accuracies(trainer, eval_scenes)
                 (output / f"accuracy_{stage}.json").write_text(json.dumps(rows, indent=2) + "\n")
                 tqdm.write("  ".join(f"{family} {row['accuracy']:.3f}" for family, row in rows.items()))
             accelerator.wait_for_everyone()
         first += steps
     if accelerator.is_main_process:
-        trainer.model.bfloat16().save_pretrained(output / "model")
-        name_for_all_readers(output / "model" / "model.safetensors")
-        build_processor().save_pretrained(output / "model")
+        save_pocket(trainer.model, chosen, output / "model")
     accelerator.end_training()
 
 
@@ -80,8 +87,8 @@ class Course:
         wrapped: The same, as prepared by the accelerator.
         optimizer: As prepared by the accelerator.
         folder: Of the checkpoint.
-        batch: Scenes per step and process.
-        seed: Of the scenes.
+        lessons: Batches by step.
+        workers: Processes that draw scenes.
         save_every: Steps between checkpoints.
     """
 
@@ -90,8 +97,8 @@ class Course:
     wrapped: torch.nn.Module
     optimizer: torch.optim.Optimizer
     folder: Path
-    batch: int
-    seed: int
+    lessons: Lessons
+    workers: int
     save_every: int
 
     def resume(self) -> int:
@@ -107,18 +114,17 @@ class Course:
         self.trainer.requires_grad_(True)
         if stage == "see":
             self.trainer.model.model.language_model.requires_grad_(False)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        batches = lessons(first + start, first + steps, self.batch, rank, world, self.seed)
-        bar = tqdm(batches, stage, steps, initial=start, mininterval=5, disable=rank > 0)
-        mean: dict[str, float] = {}
+        batches = self.lessons.run(first + start, first + steps, self.workers)
+        bar = tqdm(batches, stage, steps, initial=start, mininterval=5, disable=not self.accelerator.is_main_process)
+        mean: dict[str, torch.Tensor] = {}
         for step, lesson in enumerate(bar, start):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak)
-            self.trainer.guidance = 1.0 if step < steps // 2 else 0.3
-            keep = 1.0 if stage == "see" or step % 3 else float(torch.rand(()) * 0.7 + 0.3)
-            for name, value in self._step(lesson, stage, keep).items():
-                mean[name] = 0.98 * mean.get(name, value.item()) + 0.02 * value.item()
-            bar.set_postfix({name: f"{value:.3f}" for name, value in mean.items()}, refresh=False)
+            keep = self.trainer.schedule(step / steps, stage, step)
+            for name, value in self._step(lesson.to(self.accelerator.device), stage, keep).items():
+                mean[name] = 0.98 * mean.get(name, value.detach()) + 0.02 * value.detach()
+            if step % 50 == 0:
+                bar.set_postfix({name: f"{value.item():.3f}" for name, value in mean.items()}, refresh=False)
             if (step + 1) % self.save_every == 0 or step + 1 == steps:
                 self.save(first + step + 1)
 

@@ -42,7 +42,10 @@ FILLER = (
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 
 
-def vocabulary() -> tuple[str, ...]:
-    """All tokens of the pocket tokenizer, special ones first, each once, in a fixed order."""
-    words = (*SPECIAL, *CATEGORIES, *COLOURS, *LETTERS, *NUMBERS, *SIDES, *ROWS, *COLUMNS, *FILLER)
+MORE = ("larger", "or", "has")  # of the second testbed
+
+
+def vocabulary(more: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """All tokens of a pocket tokenizer, special ones first, each once, in a fixed order; `more` words come last."""
+    words = (*SPECIAL, *CATEGORIES, *COLOURS, *LETTERS, *NUMBERS, *SIDES, *ROWS, *COLUMNS, *FILLER, *more)
     return tuple(dict.fromkeys(words))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.keepsets import VisualBatch
+from ..errors import ConfigError
 from . import register
 from .base import Selector
 from .similarity import SimilaritySelector
@@ -19,15 +22,35 @@ class CDPrunerSelector(Selector):
     """CDPruner (Zhang et al., NeurIPS 2025, arXiv 2506.10967): a determinantal point process given the question.
 
     The kernel of two tokens is their cosine similarity times the relevance of each; the set of greatest determinant is
-    found greedily. Relevance is the mean cosine to the words in the language model's embedding space, scaled to [0, 1]
-    per sample, as the paper does for models without a CLIP text encoder beside them.
+    found greedily. Relevance is the cosine to the words in the language model's embedding space, scaled to [0, 1] per
+    sample, as the paper does for models without a CLIP text encoder beside them. The official code for LLaVA takes
+    CLIP's text encoder instead, and the *negative* similarity to it; in the language model's space the sign is plus.
+
+    Args:
+        relevance: The paper's `"mean"` over the words, or `"max"`; registered as `cdpruner_max` too.
     """
+
+    def __init__(self, relevance: Literal["mean", "max"] = "mean") -> None:
+        if relevance not in ("mean", "max"):
+            raise ConfigError(f"relevance must be 'mean' or 'max', got {relevance!r}")
+        self.similarity = SimilaritySelector(relevance)
 
     def __call__(self, batch: VisualBatch) -> Tensor:
         """Return scores [G, N]: kept tokens in the order of their picks, above the others."""
-        relevance = to_unit_range(SimilaritySelector("mean")(batch), batch.mask)
+        relevance = to_unit_range(self.similarity(batch), batch.mask)
         unit = F.normalize(batch.tokens.float(), dim=-1) * relevance[..., None]
         return greedy_determinant(unit, batch.mask, batch.budgets)
+
+
+@register("cdpruner_max")
+class CDPrunerMaxSelector(CDPrunerSelector):
+    """CDPruner with the most similar word of the question as relevance: a variant of ours, stronger than the paper's.
+
+    A token about one word of the question is not held against the others that it has nothing to do with.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("max")
 
 
 def to_unit_range(values: Tensor, mask: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 
+FEATURES = "vision.features"  # what the projector gets, one row per visual token
+
 # A layer by its index, by its depth as a share of all, or (None) the one whose output the language model gets.
 Layer = int | float | None
 
@@ -105,3 +107,17 @@ def find_tower(model: nn.Module, who: str) -> tuple[nn.Module, list[nn.Module], 
     module: Any = getattr(parts.base, tower.module)
     modules = [one for one in module.modules() if hasattr(one, "qkv") or hasattr(one, "q_proj")]
     return module, modules, tower
+
+
+def tap_features(model: nn.Module) -> list[RemovableHandle]:
+    """Publish what the projector gets as `FEATURES`, if it is known to make one visual token of each patch."""
+    base: Any = find_parts(model).base
+    describe = TOWERS.get(base.config.model_type)
+    if describe is None or describe(base.config).merge > 1 or not hasattr(base, "multi_modal_projector"):
+        return []
+    return [base.multi_modal_projector.register_forward_pre_hook(publish_features)]
+
+
+def publish_features(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Hook of the projector: publish what it gets, one row per visual token."""
+    publish(FEATURES, args[0], lambda: args[0].detach().flatten(0, 1))

@@ -9,7 +9,10 @@ from torch import Tensor
 from ..engine.keepsets import VisualBatch, topk_mask
 from ..errors import ConfigError
 from . import register
-from .merging import FEATURES, KEYS, SALIENCE, MergingSelector
+from .merging import MergingSelector
+from .taps import FEATURES, tap_name
+
+SALIENCE, KEYS = tap_name("salience", None), tap_name("mean_keys", None)
 
 
 @register("visionzip")
@@ -18,11 +21,15 @@ class VisionZipSelector(MergingSelector):
 
     Most of the budget goes to the tokens with most [CLS] attention (dominant). Of the others, evenly spaced ones
     become targets (contextual); each of those left joins the target with the most similar key, and a target is its
-    own features plus the mean of those that joined it, before the projector.
+    own features plus the mean of those that joined it, before the projector. The official code hands the language
+    model [CLS] too, one more than the tokens it counts; in Hugging Face models [CLS] is no visual token, so that the
+    budget is met without it.
 
     Args:
         contextual: Share of the budget for contextual tokens, in [0, 1]; the paper's 10 of 64 by default.
     """
+
+    attended = ("salience", "mean_keys")
 
     def __init__(self, contextual: float = 10 / 64) -> None:
         super().__init__()

@@ -72,15 +72,16 @@ def who_ranks(model, inputs, name, answer):
         tokens, found = iter(torch.cat(list(pictures))), []
         for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
             seen = [next(tokens) for token in ids if token == tiny.IMAGE_ID]
-            prompt = range(len(ids) - answer)
-            places = [i for i in prompt if mask[i] and ids[i] != tiny.IMAGE_ID]
+            last = max(i for i, token in enumerate(ids) if token == tiny.IMAGE_ID)
+            places = [i for i in range(last + 1, len(ids) - answer) if mask[i]]
             words = [model.get_input_embeddings()(torch.tensor(ids[i])) for i in places]
             drawn = [0.0] * len(words)
             for token in seen:
                 spread = [math.exp(float(token @ word)) for word in words]
                 drawn = [total + one / sum(spread) for total, one in zip(drawn, spread, strict=True)]
-            found.append([place for place, one in zip(places, drawn, strict=True) if one >= sum(drawn) / len(drawn)])
-            assert 0 < len(found[-1]) < len(words)
+            more = [place for place, one in zip(places, drawn, strict=True) if one > sum(drawn) / len(drawn)]
+            assert bool(more) == (len(places) > 1)  # a single word draws the mean, no more
+            found.append(more or [-1 - answer])
     return found
 
 

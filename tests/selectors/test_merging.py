@@ -1,5 +1,6 @@
 """Selectors that merge: their folding in plain loops, and the model that gets what they folded."""
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -10,14 +11,18 @@ from grip_hf.engine.keepsets import topk_mask
 from grip_hf.errors import ConfigError, UnsupportedModelError
 from grip_hf.selectors import get_selector
 
-SALIENCE, KEYS, FEATURES = "vision.salience", "vision.mean_keys", "vision.features"
+FEATURES = "vision.features"
+TAPS = {  # attention and keys that each method reads
+    "visionzip": ("vision.salience", "vision.mean_keys"),
+    "prumerge": ("vision.joint_salience.-1", "vision.keys.-1"),
+}
 
 
 def cosine(a, b):
     return float(a @ b) / float((a @ a) * (b @ b)) ** 0.5
 
 
-def visionzip(salience, keys, features, positions, budget):
+def visionzip(salience, keys, features, budget):
     """Kept tokens and their features, in plain loops."""
     contextual = round(budget * 10 / 64)
     dominant = sorted(range(len(salience)), key=lambda i: -salience[i])[: budget - contextual]
@@ -33,25 +38,17 @@ def visionzip(salience, keys, features, positions, budget):
     return merged
 
 
-def prumerge(salience, keys, features, positions, budget):
-    """Kept tokens and their features, in plain loops."""
-    low, high = torch.tensor(salience).quantile(torch.tensor([0.25, 0.75])).tolist()
+def prumerge(salience, keys, features, budget):
+    """Kept tokens and their features, in plain loops: each one with all the others, the official double loop."""
+    low, high = np.percentile(salience, 25), np.percentile(salience, 75)
     by_salience = sorted(range(len(salience)), key=lambda i: -salience[i])
     kept = [i for i in by_salience if salience[i] > high + 1.5 * (high - low)][:budget]
     rest = [i for i in range(len(salience)) if i not in kept]
     number = budget - len(kept)
-    rows, columns = (sorted({round(float(p), 4) for p in positions[rest, axis]}) for axis in (0, 1))
-    bands = min(len(rows), max(1, round((number * len(rows) / len(columns)) ** 0.5)))
-
-    def place(i):
-        row = rows.index(round(float(positions[i, 0]), 4))
-        return int((row + 0.5) * bands / len(rows)), float(positions[i, 1]), row
-
-    rest.sort(key=place)
-    kept += [rest[int((k + 0.5) * len(rest) / number)] for k in range(number)]
+    kept += [rest[int(k * len(rest) / number)] for k in range(number)]
     merged = {}
     for i in kept:
-        others = sorted((j for j in range(len(salience)) if j not in kept), key=lambda j: -cosine(keys[i], keys[j]))
+        others = sorted((j for j in range(len(salience)) if j != i), key=lambda j: -cosine(keys[i], keys[j]))
         merged[i] = features[i] + sum(salience[j] * features[j] for j in others[:32])
     return merged
 
@@ -61,9 +58,8 @@ METHODS = {"visionzip": visionzip, "prumerge": prumerge}
 
 def expected(name, batch, row):
     n = int(batch.mask[row].sum())
-    taps = {tap: values[row, :n] for tap, values in batch.taps.items()}
-    budget = min(int(batch.budgets[row]), n)
-    return METHODS[name](taps[SALIENCE].tolist(), taps[KEYS], taps[FEATURES], batch.positions[row, :n], budget)
+    salience, keys, features = (batch.taps[tap][row, :n] for tap in (*TAPS[name], FEATURES))
+    return METHODS[name](salience.tolist(), keys, features, min(int(batch.budgets[row]), n))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -71,7 +67,7 @@ def expected(name, batch, row):
 def test_merging_equals_plain_loops(name, outliers):
     groups = [one_group((64,), budget=budget, seed=budget) for budget in (1, 6, 20, 64)] + [one_group((9,), budget=4)]
     for group in groups:
-        group.taps[SALIENCE][0, 2 : 2 + outliers] += 5 + torch.arange(outliers)[: group.mask.shape[1] - 2]
+        group.taps[TAPS[name][0]][0, 2 : 2 + outliers] += 5 + torch.arange(outliers)[: group.mask.shape[1] - 2]
     batch = join(groups)
     selector = get_selector(name)
     keep = topk_mask(selector(batch), batch.mask, batch.budgets)
@@ -152,3 +148,37 @@ def test_a_model_that_makes_one_token_of_several_patches_is_refused():
     with pytest.raises(UnsupportedModelError, match="'visionzip' merges what the projector gets"):
         apply_grip(model, selector="visionzip", num_tokens=3)
     assert not hasattr(model, "grip")
+
+
+def test_prumerge_reads_the_last_layer_as_one_head():
+    """The taps equal the official code's calculation on the projections of the last layer, in eager torch."""
+    model = tiny.build("llava")
+    model.model.config.vision_feature_layer = -2
+    tower, inputs, caught = model.model.vision_tower, tiny.make_inputs("llava", [[3, tiny.IMAGE, 4]]), {}
+    attention = [module for module in tower.modules() if hasattr(module, "q_proj")][-1]
+    handles = [
+        getattr(attention, name).register_forward_hook(
+            lambda _, args, output, name=name: caught.update({name: output})
+        )
+        for name in ("q_proj", "k_proj")
+    ]
+    with torch.no_grad():
+        tower(inputs["pixel_values"])
+    for handle in handles:
+        handle.remove()
+    query, key = caught["q_proj"], caught["k_proj"]
+    expected = (query @ key.transpose(1, 2) * key.shape[-1] ** -0.5).softmax(-1)[0, 0, 1:]
+    seen = {}
+
+    class Spy(type(get_selector("prumerge"))):
+        name = "prumerge"
+
+        def __call__(self, batch):
+            seen.update(batch.taps)
+            return super().__call__(batch)
+
+    apply_grip(model, selector=Spy(), num_tokens=5)
+    with torch.no_grad():
+        model(**inputs)
+    torch.testing.assert_close(seen["vision.joint_salience.-1"][0], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(seen["vision.keys.-1"][0], key[0, 1:], atol=1e-5, rtol=1e-4)

@@ -7,7 +7,8 @@ import torch
 from grip_hf.engine.keepsets import VisualBatch
 
 WIDTH = 12
-TAPS = ("vision.salience", "vision.attention", "vision.attention.0.375")
+MIDDLE = f"vision.attention.{8 / 24}"
+TAPS = ("vision.salience", "vision.joint_salience.-1", "vision.attention", MIDDLE)
 
 
 def square(side):
@@ -31,6 +32,7 @@ def one_group(images=(16,), words=3, budget=5, seed=0):
         taps={
             **{name: torch.rand(1, total, generator=rng) for name in TAPS},
             "vision.mean_keys": torch.randn(1, total, 6, generator=rng),
+            "vision.keys.-1": torch.randn(1, total, 18, generator=rng),
             "vision.features": torch.randn(1, total, 8, generator=rng),
         },
     )
