@@ -109,7 +109,7 @@ class Job:
         specs = [f"{name}={self.plan.output / name / 'scorer'}" for name in stages]
         pocket = self.choice.dataset is None
         names = [*specs, "random", "grid", "similarity", *(["oracle"] if pocket else [])]
-        selectors = named_selectors(names, self.plan.seed, pocket, testbed=self.choice.testbed)
+        selectors = named_selectors(names, self.plan.seed, pocket, self.choice.testbed)
         found = evaluate(vlm.model, vlm.processor, held, selectors, BUDGETS, 16, processes=state, metric=self.metric)
         if state.is_main_process:
             show(found)

@@ -37,7 +37,11 @@ def pocket_examples(examples: int, seed: int = 0, testbed: str = POCKET.name) ->
 
 
 def named_selectors(
-    specs: Iterable[str], seed: int = 0, pocket: bool = True, own: str | None = None, testbed: str = POCKET.name
+    specs: Iterable[str],
+    seed: int = 0,
+    pocket: bool = True,
+    testbed: str = POCKET.name,
+    own: str | None = None,
 ) -> dict[str, Judged | list[Judged]]:
     """Selectors from what a user writes.
 
@@ -47,8 +51,8 @@ def named_selectors(
             the first testbed "grip", "warmup" and "relaxed" (the scorers shipped with it).
         seed: For selectors that draw at random.
         pocket: Whether a pocket model is evaluated.
+        testbed: Which one.
         own: Folder of the scorer that came with the model, which is "grip".
-        testbed: Which pocket model.
 
     Raises:
         ConfigError: A name is unknown, given twice, or none is given.
@@ -73,8 +77,8 @@ def named_selectors(
         elif name in SELECTORS and name != "grip":
             found[name] = get_selector(name, seed=seed)
         else:
-            extra = [*shipped, ORACLE] if pocket else []
-            known = sorted({*SELECTORS, DOWNSAMPLING, *extra} - (set() if shipped or own else {"grip"}))
+            more = [*shipped, ORACLE] if pocket else []
+            known = sorted({*SELECTORS, DOWNSAMPLING, *more} - (set() if shipped or own else {"grip"}))
             raise ConfigError(f"selector must be label=folder of a scorer or one of {known}, got {spec!r}")
     if not found:
         raise ConfigError("give at least one selector")
@@ -98,7 +102,7 @@ def choose(
         seed: For selectors that draw at random.
         pocket: Whether it is the pocket model.
         force: Take scorers that were trained for another model.
-        testbed: Which pocket model it is.
+        testbed: Which pocket model.
 
     Returns:
         The selectors by name, and the names of baselines that are left out.
@@ -106,12 +110,12 @@ def choose(
     Raises:
         ConfigError, ScorerError: See `named_selectors`; or a scorer was trained for another model.
     """
-    own = None if pocket else attached_folder(model)
+    first = pocket and testbed == POCKET.name  # it brings its scorers in the package
+    own = None if first else attached_folder(model)
     if specs is not None:
-        chosen, left_out = named_selectors(specs, seed, pocket, own, testbed), []
+        chosen, left_out = named_selectors(specs, seed, pocket, testbed, own), []
     else:
-        shipped = pocket and testbed == POCKET.name
-        chosen = named_selectors([*(["grip"] if shipped or own else []), *BASELINES], seed, pocket, own, testbed)
+        chosen = named_selectors([*(["grip"] if first or own else []), *BASELINES], seed, pocket, testbed, own)
         left_out = [name for name in BASELINES if not _works(model, chosen[name])]
         chosen = {name: one for name, one in chosen.items() if name not in left_out}
     parts = find_parts(model)
