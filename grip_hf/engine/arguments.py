@@ -102,14 +102,26 @@ def _deepstack(arguments: dict[str, Any], plan: Plan) -> dict[str, Any]:
     }
 
 
+def _static_columns(mask: Tensor, cache: Any, state: CacheState, sliding: bool) -> Tensor:
+    """A prepared mask [B, heads, 1, slots] of a static cache's layers, with the columns of what their slots hold."""
+    if not sliding:
+        assert state.columns is not None
+        return masks.pick_columns(mask, state.columns)
+    held = int(physical(cache).get_seq_length(upstream.first_layer(cache, sliding=True)))
+    known = state.keys(state.index.shape[1])
+    return masks.pick_columns(mask, masks.window_columns(known, state.dropped, held, mask.shape[3]))
+
+
 def decodes_simply(mask: Any, config: Any, cache: Any, state: CacheState) -> bool:
     """Whether `decode_arguments` can do a one-token step on a pruned cache."""
     if mask is None and cache.is_compileable and "flash" in upstream.attention_kernel(config):
         return False  # it tells the filled part of a static cache from the length of a mask
     several = isinstance(mask, dict)
     if several or (mask is not None and mask.ndim == 4):
+        if several and not all("full" in kind or "sliding" in kind or kind in upstream.RECURRENT for kind in mask):
+            return False  # chunked attention has windows of another kind
         prepared = [one for kind, one in mask.items() if kind not in upstream.RECURRENT] if several else [mask]
-        return state.columns is not None and all(one is not None and one.ndim == 4 for one in prepared)
+        return bool(cache.is_compileable) and all(one is not None and one.ndim == 4 for one in prepared)
     if mask is not None and mask.ndim != 2:
         return False
     reach = upstream.sliding_window(config)
@@ -131,13 +143,14 @@ def decode_arguments(arguments: dict[str, Any], cache: Any, state: CacheState) -
     if mask is None:
         if not state.full:
             new["attention_mask"] = masks.mask_2d(None, state.keys(physical_length(cache) + 1))
-    elif state.columns is not None and isinstance(mask, dict):
+    elif isinstance(mask, dict):
         new["attention_mask"] = {
-            kind: one if kind in upstream.RECURRENT else masks.pick_columns(one, state.columns)
+            kind: one if kind in upstream.RECURRENT else _static_columns(one, cache, state, "sliding" in kind)
             for kind, one in mask.items()
         }
-    elif state.columns is not None and mask.ndim == 4:
-        new["attention_mask"] = masks.pick_columns(mask, state.columns)
+    elif mask.ndim == 4:
+        only_windows = upstream.first_layer(cache, sliding=False) is None
+        new["attention_mask"] = _static_columns(mask, cache, state, only_windows)
     else:
         head = mask.gather(1, state.index)
         head = head if state.full else head * state.valid.to(head.dtype)

@@ -247,7 +247,7 @@ def set_states(cache: Any, states: dict[int, CacheState]) -> None:
 
 
 def _change(cache: Any, states: dict[int, CacheState]) -> None:
-    if cache.is_compileable and not any(cache.is_sliding):
+    if cache.is_compileable and upstream.first_layer(cache, sliding=False) is not None:
         states = {
             start: state if state.trivial else state.with_columns(upstream.static_length(cache))
             for start, state in states.items()

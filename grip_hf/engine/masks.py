@@ -74,6 +74,27 @@ def mask_4d(mask: Tensor, queries: Tensor, keys: KeyMap, logical: Window, physic
     return restrict(mask, seen[:, None, None])
 
 
+def window_columns(known: KeyMap, dropped: int, held: int, width: int) -> KeyMap:
+    """What lies in the slots of a static layer with a sliding window, as columns of the mask of the unpruned layer.
+
+    Both have `width` slots: the first keys, until they are full, and then the last ones.
+
+    Args:
+        known: What lies in the first physical keys.
+        dropped: How many positions later keys are behind their logical ones.
+        held: Physical keys before this step, which adds one.
+        width: Slots, and columns of the mask.
+    """
+    device, first = known.index.device, max(held - width + 1, 0)
+    number = torch.arange(first, first + width, device=device).expand(len(known.index), -1)
+    early = number < known.index.shape[1]
+    inside = number.clamp(max=known.index.shape[1] - 1)
+    logical = torch.where(early, known.index.gather(1, inside), number + dropped)
+    there = torch.where(early, known.valid.gather(1, inside), number <= held)
+    columns = logical - max(held + dropped - width + 1, 0)
+    return KeyMap(columns.clamp(0, width - 1), there & (columns >= 0) & (columns < width), full=False)
+
+
 def pick_columns(mask: Tensor, columns: KeyMap) -> Tensor:
     """Pick the columns of a prepared mask for every slot of a static cache: [B or 1, heads or 1, Q, slots]."""
     mask = mask.expand(columns.index.shape[0], -1, -1, -1)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import (
@@ -16,6 +15,7 @@ from transformers import (
 )
 from transformers.models.clip import CLIPImageProcessorPil
 
+from grip_hf.pocket.names import name_for_all_readers
 from grip_hf.pocket.places import PATCH_SIZE
 from grip_hf.pocket.testbeds import POCKET, Testbed, get_testbed
 
@@ -63,19 +63,10 @@ def load_pocket_llava(dtype: torch.dtype = torch.float32) -> tuple[LlavaForCondi
 
 
 def save_pocket(model: LlavaForConditionalGeneration, testbed: Testbed, folder: Path) -> None:
-    """Write model (as bfloat16, which it then is) and processor.
-
-    The tower's keys get their old prefix `vision_tower.vision_model.`, which every version of transformers reads,
-    vLLM too; newer ones write them without.
-    """
+    """Write model (as bfloat16, which it then is) and processor, with names of weights that all readers know."""
     model.bfloat16().save_pretrained(folder)
+    name_for_all_readers(folder / "model.safetensors")
     build_processor(testbed).save_pretrained(folder)
-    file, tower, old = folder / "model.safetensors", "vision_tower.", "vision_tower.vision_model."
-    weights = {
-        name if name.startswith(old) or tower not in name else name.replace(tower, old): weight
-        for name, weight in load_file(file).items()
-    }
-    save_file(weights, file, metadata={"format": "pt"})
 
 
 def build_processor(testbed: Testbed = POCKET) -> LlavaProcessor:

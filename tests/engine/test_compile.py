@@ -13,6 +13,7 @@ pytestmark = pytest.mark.slow
 
 PROMPTS = [[3, IMAGE, 4]]
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+LOOSE = {"gemma4": {"atol": 5e-4, "rtol": 1e-3}}
 
 
 class Counter:
@@ -35,29 +36,40 @@ class Counter:
         return sum(counters["graph_break"].values())
 
 
+def upstream_counts_windows(model):
+    return "sliding_attention" in model.config.get_text_config().layer_types
+
+
 def generate(model, inputs, **kwargs):
     settings = {"do_sample": False, "max_new_tokens": 6, "cache_implementation": "static"}
     with torch.no_grad():
         return model.generate(**inputs, **settings, return_dict_in_generate=True, output_logits=True, **kwargs)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "gemma3n", "gemma4", "cohere2_vision"])
 def test_generate_at_a_fixed_budget(family):
     """`generate` compiles its decoding as one graph, like that of the unpatched model, for all prompts of a length."""
     model, inputs = build(family), make_inputs(family, PROMPTS)
-    apply_grip(model, num_tokens=3, selector=select_by_content)
     others = make_inputs(family, PROMPTS, seed=5)
-    expected = [generate(model, one, disable_compile=True) for one in (inputs, others)]
-    counter = Counter()
-    config = CompileConfig(fullgraph=True, backend=counter, mode=None, dynamic=False)
-    config._compile_all_devices = True  # transformers compiles on GPUs only, unless told so
-    for one, plain in zip((inputs, others), expected, strict=True):
-        out = generate(model, one, compile_config=config)
-        assert torch.equal(out.sequences, plain.sequences)
-        torch.testing.assert_close(torch.stack(out.logits), torch.stack(plain.logits), **CLOSE)
-        assert len(model.grip.kept_tokens(out)[0]) == 3
-    assert counter.graphs == 1 and counter.breaks == 0
-    torch._dynamo.reset()
+    graphs = {}
+    for name in ("unpatched", "patched"):
+        if name == "patched":
+            apply_grip(model, num_tokens=3, selector=select_by_content)
+        expected = [generate(model, one, disable_compile=True) for one in (inputs, others)]
+        counter = Counter()
+        config = CompileConfig(fullgraph=True, backend=counter, mode=None, dynamic=False)
+        config._compile_all_devices = True  # transformers compiles on GPUs only, unless told so
+        for one, plain in zip((inputs, others), expected, strict=True):
+            out = generate(model, one, compile_config=config)
+            assert torch.equal(out.sequences, plain.sequences)
+            torch.testing.assert_close(torch.stack(out.logits), torch.stack(plain.logits), **LOOSE.get(family, CLOSE))
+        assert counter.breaks == 0
+        graphs[name] = counter.graphs
+        torch._dynamo.reset()
+    assert [len(one) for one in model.grip.kept_tokens(out)] == [3]
+    # A sliding window is counted by a Python integer, upstream and here, so there is a graph per step.
+    assert graphs["patched"] == graphs["unpatched"]
+    assert graphs["patched"] == 1 or upstream_counts_windows(model)
 
 
 def prefill(model, inputs, compiled):

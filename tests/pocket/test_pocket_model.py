@@ -7,13 +7,16 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from grip_hf.pocket import load_pocket_llava, make_scene
 from grip_hf.pocket.batches import to_lesson
 from grip_hf.pocket.demo import ask_all
 from grip_hf.pocket.lessons import PocketTrainer, score
-from grip_hf.pocket.model import WEIGHTS
+from grip_hf.pocket.model import WEIGHTS, build_model
+from grip_hf.pocket.names import LEVEL, TOWER, name_for_all_readers
 from grip_hf.pocket.questions import FAMILIES
 from grip_hf.pocket.testbeds import get_testbed
 
@@ -35,6 +38,25 @@ def test_it_is_a_stock_llava_with_144_visual_tokens(pocket):
 def test_the_package_data_is_small():
     assets = WEIGHTS.parent
     assert sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) < 40 * 2**20
+
+
+def test_the_weights_of_the_tower_have_the_names_that_vllm_reads():
+    with safe_open(WEIGHTS / "model.safetensors", "pt") as file:
+        tower = [name for name in file.keys() if name.startswith(TOWER)]  # noqa: SIM118 (it is no dict)
+    assert len(tower) == 87 and all(name.startswith(TOWER + LEVEL) for name in tower)
+
+
+def test_a_model_built_in_code_is_saved_with_the_names_that_all_readers_know(tmp_path):
+    model = build_model()
+    model.save_pretrained(tmp_path)
+    before = load_file(tmp_path / "model.safetensors")
+    assert name_for_all_readers(tmp_path / "model.safetensors") == 87
+    assert name_for_all_readers(tmp_path / "model.safetensors") == 0
+    after = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(weight, after[name.replace(TOWER, TOWER + LEVEL)]) for name, weight in before.items())
+    again, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
 
 
 def test_it_answers_most_questions(pocket):

@@ -1,0 +1,1 @@
+"""GRIP inside servers that are not transformers."""
