@@ -23,7 +23,7 @@ from .engine.question import told
 from .engine.upstream import check_language_model, is_untested
 from .errors import CacheError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
-from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
+from .hub.checkpoint import CONFIG_FILE, SaveBesideAdapter, SaveWithGrip
 from .hub.resolve import describe_base, resolve
 
 if TYPE_CHECKING:
@@ -53,14 +53,16 @@ class GripHandle:
         self._parts = parts
         compact = config.position_ids == "compact"
         self._boundary = Boundary(parts, selector, config.scope == "image", compact, self._budget, key=self)
-        self._saver = SaveWithGrip(self)
+        self._savers = (SaveWithGrip(self), SaveBesideAdapter(self))
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
         return f"GripHandle({type(self._parts.owner).__name__}, {self.config}{note})"
 
     def _budget(self) -> Budget:
-        budget = current(self)
+        budget, leader = current(self), self._boundary.leader
+        if budget is None and leader is not None:
+            return leader._budget()
         if budget is None and open_elsewhere(self):
             self._boundary.warn_once(
                 "a budget(...) or disabled() block is open in another thread and does not hold in this one. A thread "
@@ -99,6 +101,14 @@ class GripHandle:
             ConfigError: It is neither; or, in the call, it has another shape than the call.
         """
         return told(self, prompt)
+
+    def follow(self, leader: GripHandle) -> None:
+        """From now on, what is said of another model's patch, its budget and its prompts, counts for this one too.
+
+        Args:
+            leader: The handle of that model, such as the policy of which this is the reference.
+        """
+        self._boundary.leader = leader
 
     @property
     def last(self) -> LastCall | None:
@@ -176,7 +186,8 @@ class GripHandle:
     def remove(self) -> None:
         """Remove the patch; the model is exactly as before. Doing so twice is harmless."""
         self._boundary.remove()
-        self._saver.remove()
+        for saver in self._savers:
+            saver.remove()
         if self._parts.owner.__dict__.get("grip") is self:
             del self._parts.owner.grip
 
@@ -259,7 +270,8 @@ def _attach(parts: Parts, config: GripConfig, selector: Score, scorer: nn.Module
     # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.
     remove_grip(parts.owner)
     handle._boundary.attach(hooks)
-    handle._saver.attach()
+    for saver in handle._savers:
+        saver.attach()
     if note:
         handle.note = note
         logger.warning("%s", note)

@@ -1,6 +1,7 @@
 """The examples, run as a reader runs them: on the pocket model, or on a tiny model in a folder."""
 
 import importlib.util
+import math
 import pathlib
 import re
 import sys
@@ -147,6 +148,52 @@ def test_sft_of_a_pruned_model_trains_adapters_only(tmp_path):
     adapters = load_file(tmp_path / "adapter_model.safetensors")
     assert adapters and all("language_model" in name and "lora_" in name for name in adapters)
     assert any(weight.any() for name, weight in adapters.items() if "lora_B" in name)
+    assert (tmp_path / "grip" / "grip_config.json").is_file()
+
+
+def run_pruned(name, config, folder, **model):
+    """The first step of an example that tunes a pruned pocket model; what it logged, and the warnings of it."""
+    from trl import ModelConfig, ScriptArguments
+
+    example, logs = load(name), []
+    trainers = {"DPOConfig": "DPOTrainer", "GRPOConfig": "GRPOTrainer"}
+    trainer = getattr(example.trl, trainers[config])
+
+    class Logged(trainer):
+        def log(self, entries, *args, **kwargs):
+            super().log(entries, *args, **kwargs)
+            logs.append(self.state.log_history[-1])
+
+    fixed = {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none"}
+    own = {"beta": 0.04, "num_generations": 4, "max_completion_length": 4, "temperature": 3.0, "num_iterations": 2}
+    settings = {**fixed, **(own if config == "GRPOConfig" else {})}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(example.trl, trainers[config], Logged)
+        example.main(
+            ScriptArguments(dataset_name="pocket"),
+            getattr(example.trl, config)(str(folder), per_device_train_batch_size=4, **settings),
+            ModelConfig(model_name_or_path="pocket", lora_r=2, **model),
+            example.GripArguments(keep_ratio=0.11, selector="similarity", rows=12),
+        )
+    return logs[0]
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_dpo_of_a_pruned_model_starts_at_its_reference(tmp_path, recwarn, adapted):
+    """At equal models DPO's loss is ln 2."""
+    log = run_pruned("dpo_pruned", "DPOConfig", tmp_path, use_peft=adapted)
+    assert log["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert log["logps/chosen"] != pytest.approx(log["logps/rejected"], rel=0.1)
+    assert not [one for one in recwarn if "reference model" in str(one.message)]
+    assert (tmp_path / "grip" / "grip_config.json").is_file()
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_grpo_of_a_pruned_model_starts_at_its_reference(tmp_path, recwarn, adapted):
+    """At equal models the divergence is 0 and no ratio is clipped: the loss is minus the mean advantage, 0."""
+    log = run_pruned("grpo_pruned", "GRPOConfig", tmp_path, use_peft=adapted)
+    assert log["kl"] == pytest.approx(0, abs=1e-7) and log["clip_ratio/region_mean"] == 0
+    assert not [one for one in recwarn if "reference model" in str(one.message)]
     assert (tmp_path / "grip" / "grip_config.json").is_file()
 
 

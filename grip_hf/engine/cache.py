@@ -196,7 +196,7 @@ def restore_class(cache: Any) -> None:
 
 
 def find(arguments: Mapping[str, Any]) -> Any:
-    """The KV cache among the arguments of a call, or None.
+    """The KV cache among the arguments of a call, or None; a paged one is none that anything is dropped from.
 
     Raises:
         UnsupportedModelError: A cache comes under an unknown name, or something else under a known one.
@@ -206,7 +206,7 @@ def find(arguments: Mapping[str, Any]) -> Any:
             if name not in upstream.CACHE_NAMES:
                 raise upstream.unknown(f"a KV cache was given as {name!r}, known names are {upstream.CACHE_NAMES}")
             return value
-        if value is not None and name in upstream.CACHE_NAMES:
+        if value is not None and name in upstream.CACHE_NAMES and not upstream.is_paged(arguments):
             raise upstream.unknown(f"the argument {name!r} is a {type(value).__name__}, not a cache of transformers")
     return None
 
@@ -275,6 +275,19 @@ def logical_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def window(cache: Any, query_length: int, layer_idx: int) -> Window:
-    """The keys that a mask for `query_length` new tokens covers in a layer of a cache, or of its view."""
-    return Window(query_length, 0) if cache is None else Window(*cache.get_mask_sizes(query_length, layer_idx))
+def window(cache: Any, query_length: int, layer_idx: int, taken: int = 0) -> Window:
+    """The keys that a mask for `query_length` new tokens covers in a layer of a cache, or of its view.
+
+    Args:
+        cache: The cache, or None.
+        query_length: Tokens of the call.
+        layer_idx: The layer.
+        taken: Keys of this call that the layer holds already, because another layer reads them after it.
+    """
+    if cache is None:
+        return Window(query_length, 0)
+    if not taken:
+        return Window(*cache.get_mask_sizes(query_length, layer_idx))
+    dropped = cache._grip_dropped(layer_idx) if isinstance(cache, PrunedCache) else 0
+    own = physical(cache).get_mask_sizes
+    return Window(*upstream.mask_sizes(own, cache.layers, query_length, layer_idx, dropped - taken))

@@ -9,8 +9,10 @@ names that are the same everywhere. Nothing of transformers or TRL is patched fo
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ IGNORED = -100
 # transformers and TRL 1.8 to 1.16: labels [B, L]; or a mask of the answer [B, L]; or prompt and answer, one after the
 # other (GRPO), padded on the left and on the right.
 LABELS, MASK, PROMPT_AND_ANSWER = "labels", "completion_mask", ("prompt_ids", "completion_ids")
+DEFAULT_ADAPTER = "default"  # PEFT saves this one at the top of the folder, others below it
+PATCH = "grip"  # the attribute of a patched model
 DEPTH = 80  # frames; a trainer's loss stands 10 to 40 above the language model
 
 
@@ -33,23 +37,70 @@ def answer_of_callers(owner: nn.Module, shape: torch.Size) -> Tensor | None:
     Returns:
         [B, L] bool, or None if no caller tells.
     """
-    # A trainer can only be around the call if its module was imported.
-    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", ())
-    frame = sys._getframe(1)
-    for _ in range(DEPTH):
-        if frame.f_back is None:
-            return None
-        frame = frame.f_back
-        if frame.f_code.co_varnames[:1] != ("self",):
+    for caller, frame in _methods_around():
+        if caller is not owner and not _is_trainer(caller):
             continue
         held = frame.f_locals
-        if held.get("self") is not owner and not isinstance(held.get("self"), trainer):
-            continue
         for known in (held, *(value for value in held.values() if isinstance(value, Mapping))):
             answer = _answer(known, shape)
             if answer is not None:
                 return answer
     return None
+
+
+def has_unpruned_reference(owner: nn.Module) -> bool:
+    """Whether a trainer of this model is around the call, with a reference model that has no patch.
+
+    Args:
+        owner: The model that was patched.
+    """
+    for caller, _ in _methods_around():
+        reference = getattr(caller, "ref_model", None) if _is_trainer(caller) else None
+        if isinstance(reference, nn.Module):
+            policy: nn.Module = caller.model
+            return any(one is owner for one in policy.modules()) and not any(
+                PATCH in vars(one) for one in reference.modules()
+            )
+    return False
+
+
+def saving_adapters(owner: nn.Module) -> list[str]:
+    """The folders that adapters around a model are being saved to: by PEFT, or by a trainer that shares out weights.
+
+    Args:
+        owner: The model that was patched, whose weights are being collected.
+
+    Returns:
+        The folder of each adapter; nothing in a process that does not write.
+    """
+    kind = getattr(sys.modules.get("peft"), "PeftModel", ())
+    for caller, frame in _methods_around():
+        held = frame.f_locals
+        if isinstance(caller, kind) and frame.f_code.co_name == "save_pretrained":
+            if not held.get("is_main_process", True) or caller.get_base_model() is not owner:
+                return []
+            names, top = held.get("selected_adapters") or [DEFAULT_ADAPTER], os.fspath(held["save_directory"])
+            return [top if name == DEFAULT_ADAPTER else os.path.join(top, name) for name in names]
+        if _is_trainer(caller) and frame.f_code.co_name == "save_model":
+            adapted = isinstance(caller.accelerator.unwrap_model(caller.model), kind)
+            return [held["output_dir"]] if adapted and caller.args.should_save else []
+    return []
+
+
+def _is_trainer(caller: Any) -> bool:
+    # A trainer can only be around the call if its module was imported.
+    return isinstance(caller, getattr(sys.modules.get("transformers.trainer"), "Trainer", ()))
+
+
+def _methods_around() -> Iterator[tuple[Any, FrameType]]:
+    """The methods that run around this one, from the inside out: what they are of, and their frames."""
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(DEPTH):
+        if frame is None:
+            return
+        if frame.f_code.co_varnames[:1] == ("self",):
+            yield frame.f_locals.get("self"), frame
+        frame = frame.f_back
 
 
 def _answer(known: Mapping[Any, Any], shape: torch.Size) -> Tensor | None:

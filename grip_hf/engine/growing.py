@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,42 +54,57 @@ def growth(plan: Plan, keys: KeyMap, total: int) -> Growth | None:
     return Growth(kept, source_slots(plan), keys, total)
 
 
-def grow_output(output: Any, plan: Plan, growths: Sequence[Growth]) -> Any:
+def grow_output(output: Any, plan: Plan, growths: Mapping[int, Growth | None], between: bool) -> Any:
     """The output with hidden states and attention weights of the logical length.
 
     Args:
         output: What the language model returned.
         plan: What stayed of the call when it entered the language model.
-        growths: Those of the parts of the model that see fewer positions than the caller.
+        growths: From the layer of each number on, how what it puts out grows back; None where it has its length.
+        between: Whether tokens were dropped between the layers. Then the hidden states between them have their length.
     """
-    if not growths:
+    if not any(growths.values()):
         return output
     first = output[0]
-    if first.shape[1] not in (plan.length, *(one.kept for one in growths)):
+    entered = None if between else growths[0]
+    if first.shape[1] not in (plan.length, plan.length if entered is None else entered.kept):
         _check_sliced(first.shape[1], plan)
         return output
-    if isinstance(output, tuple):
-        return (_states(output[0], growths), *output[1:])
-    for name, grown in (("last_hidden_state", _states), ("hidden_states", _states), ("attentions", _weights)):
-        if output.get(name) is not None:
-            output[name] = grown(output[name], growths)
+    if entered is not None:
+        if isinstance(output, tuple):
+            return (_states(output[0], entered), *output[1:])
+        output["last_hidden_state"] = _states(output["last_hidden_state"], entered)
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = _states(output["hidden_states"], entered)
+    elif (entering := growths.get(0)) is not None and _recorded(output, "hidden_states"):
+        # What entered the first layer is recorded as that layer got it.
+        incoming, *later = output["hidden_states"]
+        output["hidden_states"] = type(output["hidden_states"])((_states(incoming, entering), *later))
+    if _recorded(output, "attentions"):
+        output["attentions"] = _weights(output["attentions"], growths)
     return output
 
 
-def _states(hidden: Any, growths: Sequence[Growth]) -> Any:
-    """Hidden states [..., B, K, D], or several: each grows by its length, whichever part of the model it is from."""
+def _recorded(output: Any, name: str) -> bool:
+    """Whether an output has a value for each layer."""
+    return not isinstance(output, tuple) and isinstance(output.get(name), (tuple, list))
+
+
+def _states(hidden: Any, growth: Growth) -> Any:
+    """Hidden states [..., B, K, D], or several, of those that have the physical length."""
     if isinstance(hidden, (tuple, list)):
-        return type(hidden)(_states(one, growths) for one in hidden)
-    fitting = [one for one in growths if isinstance(hidden, Tensor) and hidden.shape[-2] == one.kept]
-    return fitting[0].states(hidden) if fitting else hidden
+        return type(hidden)(_states(one, growth) for one in hidden)
+    return growth.states(hidden) if isinstance(hidden, Tensor) and hidden.shape[-2] == growth.kept else hidden
 
 
-def _weights(attentions: Any, growths: Sequence[Growth]) -> Any:
+def _weights(attentions: Any, growths: Mapping[int, Growth | None]) -> Any:
     """Attention weights [B, H, K, keys] of each layer."""
-    if isinstance(attentions, (tuple, list)):
-        return type(attentions)(_weights(one, growths) for one in attentions)
-    fitting = [one for one in growths if isinstance(attentions, Tensor) and one.fits(attentions)]
-    return fitting[0].weights(attentions) if fitting else attentions
+    grown, growth = [], None
+    for layer, weights in enumerate(attentions):
+        growth = growths.get(layer, growth)
+        fits = growth is not None and isinstance(weights, Tensor) and growth.fits(weights)
+        grown.append(growth.weights(weights) if growth is not None and fits else weights)
+    return type(attentions)(grown)
 
 
 def _check_sliced(rows: int, plan: Plan) -> None:

@@ -44,6 +44,7 @@ class Boundary:
         compact: True if positions are re-numbered.
         budget: gives the budget of the call at hand.
         key: whose budgets and prompts count.
+        leader: whose count too, if another patch is followed.
     """
 
     parts: Parts
@@ -52,6 +53,7 @@ class Boundary:
     compact: bool
     budget: Callable[[], Budget]
     key: object
+    leader: Any = None
 
     def __post_init__(self) -> None:
         self.base_parameters = upstream.parameters(self.parts.base)
@@ -231,7 +233,7 @@ def _prune(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if context is not None:
         context.call = call
     if not bool(call.visual.any()) and (call.state is None or call.state.trivial):
-        return None
+        return (args, upstream.without_slicing(kwargs)) if len(states_of(call.cache)) > 1 else None
     check(call)
     choice = choose(context, call) if context is not None and bool(call.visual.any()) else None
     if choice is not None and choice.embeds is not None:
@@ -243,6 +245,8 @@ def _prune(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         context.step = step
         context.layers = None if choice is None else LayerDrops.of(context.boundary.selector, choice, step)
         remember_last(context.boundary, LastCall.of(step, choice))
+    if context is not None and context.layers is not None:
+        return args, upstream.without_slicing(kwargs)
     return None if step.changes_nothing else (args, _shown(prune_arguments(step), call.cache))
 
 
@@ -279,7 +283,7 @@ def _restore(module: nn.Module, kwargs: dict[str, Any], cache: Any, output: Any)
         return None
     if cache is None and made is not None:
         upstream.check_new_cache(made, kwargs, module.config, step.kept)
-    grown = grow_output(output, step.plan, growths(step, layers))
+    grown = grow_output(output, step.plan, growths(step, layers), layers is not None)
     cache = made if cache is None else cache
     if cache is None:
         return grown

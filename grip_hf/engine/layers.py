@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import GripError, UnsupportedModelError
 from . import masks, upstream
+from .attention_masks import outgrows_window, uses_flash
 from .cache import find, logical_of, physical, states_of, window
 from .call import Step
 from .choice import Choice
@@ -106,7 +107,8 @@ def _asking(selector: Any, choice: Choice, length: int) -> Tensor:
     named = selector.asking(batch)
     asked = torch.zeros(len(groups.row), length, dtype=torch.bool, device=groups.place.device)
     if named is not None and index.shape[1]:
-        asked.scatter_(1, index, named & batch.text_mask)
+        # Added up, because padding has index 0 too: it must not overwrite what is said of the first token.
+        asked = torch.zeros_like(asked, dtype=torch.long).scatter_add(1, index, (named & batch.text_mask).long()) > 0
     last = (groups.place * groups.mask).amax(1)
     if index.shape[1]:
         last = last.maximum((index * batch.text_mask).amax(1))
@@ -131,7 +133,7 @@ def check_layers(language_model: nn.Module, selector: InsideSelector) -> list[tu
         raise UnsupportedModelError(
             f"selector {selector.name!r} ranks and drops tokens at layers {stages}, this model has {len(layers)}"
         )
-    reason = upstream.layers_that_cannot_drop(language_model, {rank for rank, _ in stages})
+    reason = upstream.layers_that_cannot_drop(language_model, stages)
     if reason is not None:
         raise UnsupportedModelError(
             f"selector {selector.name!r} cannot drop between the layers of {type(language_model).__name__}: {reason}"
@@ -145,10 +147,11 @@ def hook_layers(language_model: nn.Module, selector: InsideSelector) -> list[Any
     layers: Any = language_model.layers
     register()
     handles: list[Any] = []
-    for number, layer in enumerate(layers):
-        hook = LayerHook(number, tuple(stages))
+    for number, (layer, source) in enumerate(zip(layers, upstream.key_layers(layers) or (), strict=True)):
+        hook = LayerHook(number, source, tuple(stages))
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        handles.append(layer.register_forward_hook(AfterLayerHook(number)))
+        # First of all hooks, so that those of whoever records hidden states see them at their length.
+        handles.append(layer.register_forward_hook(AfterLayerHook(number), prepend=True))
         if any(number == rank for rank, _ in stages):
             attention = upstream.attention_module(layer)
             assert attention is not None
@@ -162,17 +165,23 @@ class LayerHook(Hook):
 
     Attributes:
         number: The layer.
+        source: The layer whose keys it reads; itself, in most models.
         stages: Per drop the layer that ranks, and the first one without the dropped tokens.
     """
 
     number: int
+    source: int
     stages: tuple[tuple[int, int], ...]
+
+    def taken(self, tokens: int) -> int:
+        """How many keys of a call of so many tokens are there before this layer runs."""
+        return tokens if self.source != self.number else 0
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """New arguments of the layer, or None."""
         context = running()
         if context is None or context.layers is None:
-            return self._later(args, kwargs)
+            return self._later(layer, args, kwargs)
         return self._first(context.layers, layer, args, kwargs)
 
     @torch.compiler.disable
@@ -190,11 +199,11 @@ class LayerHook(Hook):
             drops.drop(self.number, stage, len(self.stages))
         if drops.plan is None:
             return None
-        return cut(drops.plan, self.number, layer, args, kwargs)
+        return cut(drops.plan, self, layer, args, kwargs)
 
     def _rank_ahead(self, drops: LayerDrops, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if drops.plan is not None:
-            args, kwargs = cut(drops.plan, self.number, layer, args, kwargs)
+            args, kwargs = cut(drops.plan, self, layer, args, kwargs)
         try:
             # Its forward, not a call: the hooks around it belong to the real run. It ends in its attention.
             type(layer).forward(layer, *args, **kwargs)
@@ -202,29 +211,35 @@ class LayerHook(Hook):
             return
         raise upstream.unknown(f"{type(layer).__name__} does not call its attention")
 
-    def _later(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _later(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The mask of a later call for a layer whose cache lacks what was dropped."""
         view = find(kwargs)
         states = states_of(logical_of(view))
-        start = max((one for one in states if one <= self.number), default=0)
+        start = 0
+        for one in states:  # rising; torch.compile follows no less plain a way to find the last that is not above
+            start = one if one <= self.source else start
         if not start:
             return None
         cache, state, mask = logical_of(view), states[start], kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 4 and state.columns is not None:
             return args, {**kwargs, "attention_mask": masks.pick_columns(mask, state.columns)}
-        if mask is None and state.full:
-            return None
         hidden = args[0] if args else kwargs["hidden_states"]
         queries = hidden.shape[-2]
-        keys = state.keys(int(physical(cache).get_seq_length(self.number)) + queries)
-        if mask is None:
-            new = masks.causal_4d(keys, queries, window(physical(cache), queries, self.number))
+        taken = self.taken(queries)
+        keys = state.keys(int(physical(cache).get_seq_length(self.source)) + queries - taken)
+        flash = _runs_flash(layer, keys.index.shape[1] + state.dropped)
+        if mask is None and state.full:
+            return None
+        if flash:
+            new = masks.mask_2d(mask, keys)
+        elif mask is None:
+            new = masks.causal_4d(keys, queries, window(physical(cache), queries, self.source, taken))
         elif mask.ndim == 2:
             new = masks.mask_2d(mask, keys)
         else:
             rows = torch.arange(queries, device=mask.device).expand(len(keys.index), -1)
-            logical = window(cache, queries, self.number)
-            new = masks.mask_4d(mask, rows, keys, logical, window(physical(cache), queries, self.number))
+            logical = window(cache, queries, self.source, taken)
+            new = masks.mask_4d(mask, rows, keys, logical, window(physical(cache), queries, self.source, taken))
         return args, {**kwargs, "attention_mask": new}
 
 
@@ -275,13 +290,13 @@ class RankingHook(Hook):
 
 
 def cut(
-    plan: Plan, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    plan: Plan, hook: LayerHook, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a decoder layer for the tokens of a plan."""
     view = find(kwargs)
     new = {name: value if value is view else _tokens(name, value, plan) for name, value in kwargs.items()}
     if "attention_mask" in kwargs:
-        new["attention_mask"] = _layer_mask(kwargs["attention_mask"], plan, number, view, layer)
+        new["attention_mask"] = _layer_mask(kwargs["attention_mask"], plan, hook, view, layer)
     return tuple(_tokens("hidden_states", value, plan) for value in args), new
 
 
@@ -299,18 +314,37 @@ def _tokens(name: str, value: Any, plan: Plan) -> Any:
     return take(moved, plan.index).movedim((0, 1), (-3, -2))
 
 
-def _layer_mask(mask: Tensor | None, plan: Plan, number: int, cache: Any, layer: Any) -> Tensor | None:
+def _layer_mask(mask: Tensor | None, plan: Plan, hook: LayerHook, cache: Any, layer: Any) -> Tensor | None:
     kept = plan.index.shape[1]
     keys = KeyMap(plan.index, plan.valid, plan.full)
-    attention = upstream.attention_module(layer)
-    kernel = upstream.attention_kernel(attention.config) if attention is not None else ""
+    if _runs_flash(layer, plan.length):
+        # Also where all stay: without a mask it would read the gaps between positions as packing.
+        return masks.mask_2d(None if mask is None else mask[:, : plan.length], keys)
     if mask is None and plan.full:
         return None
-    if "flash" in kernel or (mask is not None and mask.ndim == 2):
-        return masks.mask_2d(None if mask is None else mask[:, : plan.length], keys)
-    present = window(physical(cache), kept, number)
+    if mask is not None and mask.ndim == 2:
+        return masks.mask_2d(mask[:, : plan.length], keys)
+    taken = hook.taken(kept)
+    present = window(physical(cache), kept, hook.source, taken)
     if mask is None:
         made = masks.causal_4d(keys, kept, present)
     else:
-        made = masks.mask_4d(mask, plan.index, keys, window(cache, plan.length, number), present)
+        made = masks.mask_4d(mask, plan.index, keys, window(cache, plan.length, hook.source, taken), present)
     return masks.let_fillers_see(made, plan.valid)
+
+
+def _runs_flash(layer: Any, length: int) -> bool:
+    """Whether a decoder layer runs flash attention, which counts kept tokens only.
+
+    Raises:
+        GripError: It does, and `length` positions outgrow a sliding window.
+    """
+    attention = upstream.attention_module(layer)
+    if attention is None or not uses_flash(attention.config):
+        return False
+    if outgrows_window(attention.config, length):
+        raise GripError(
+            f"cannot prune {length} positions with flash attention and a sliding window of "
+            f"{upstream.sliding_window(attention.config)}: it would count kept tokens only; use sdpa"
+        )
+    return True

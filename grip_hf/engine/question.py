@@ -19,11 +19,23 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .callers import IGNORED, answer_of_callers
+from .callers import IGNORED, answer_of_callers, has_unpruned_reference
 from .context import CallContext, prompt_of_generation
 
 # A stack of (owner, prompt), so that several models may be told at once; private to each thread and task.
 _told: ContextVar[tuple[tuple[object, Tensor | Sequence[int]], ...]] = ContextVar("grip_prompts", default=())
+
+
+UNPRUNED = (
+    "the trainer compares a patched model with a reference model that sees all visual tokens; prune that one too: "
+    "trainer.add_callback(grip_hf.training.PruneReference(trainer))"
+)
+
+ALL_ANSWER = (
+    "the labels of a training call cover all text of a picture's turn, so that the answer, too, chooses its visual "
+    "tokens; put -100 at the prompt (TRL: assistant_only_loss=True or completion_only_loss=True), or say where the "
+    "prompt is: `with model.grip.prompt(mask_or_lengths): ...`"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +79,9 @@ def read_question(context: CallContext, visual: Tensor, real: Tensor, first: boo
         first: Whether no cache came with it, so that an answer may be in it.
     """
     text = real & ~visual
+    boundary = context.boundary
+    if UNPRUNED not in boundary.said and boundary.trains(context) and has_unpruned_reference(boundary.parts.owner):
+        boundary.warn_once(UNPRUNED)
     answer = find_answer(context, text, real, first)
     if answer is None:
         return Question(text, torch.zeros_like(text, dtype=torch.long))
@@ -78,14 +93,18 @@ def read_question(context: CallContext, visual: Tensor, real: Tensor, first: boo
     turns = torch.arange(int(turn.max()) + 1, device=turn.device)
     spoken = ((turn[:, None] == turns[:, None]) & asked[:, None]).any(2).gather(1, turn)
     shown = ((turn[:, None] == turns[:, None]) & visual[:, None]).any(2).gather(1, turn)
-    return Question(asked | (text & shown & ~spoken), turn)
+    unasked = text & shown & ~spoken
+    if ALL_ANSWER not in boundary.said and boundary.trains(context) and bool(unasked.any()):
+        boundary.warn_once(ALL_ANSWER)
+    return Question(asked | unasked, turn)
 
 
 def find_answer(context: CallContext, text: Tensor, real: Tensor, first: bool) -> Tensor | None:
     """[B, L] bool: the tokens that are an answer, or None if nobody tells."""
     batch, length = text.shape
     slots = torch.arange(length, device=text.device)
-    prompt = next((one for key, one in reversed(_told.get()) if key is context.boundary.key), None)
+    mine = [one for one in (context.boundary.key, context.boundary.leader) if one is not None]
+    prompt = next((one for key, one in reversed(_told.get()) if any(key is own for own in mine)), None)
     if prompt is not None:
         return ~_as_mask(prompt, real)
     if context.labels is not None and context.labels.shape == text.shape:

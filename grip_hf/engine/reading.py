@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import GripError
 from . import upstream
 from .arguments import real_tokens
 from .attention_masks import refuse_mixed_rows
@@ -33,6 +34,11 @@ def read(context: CallContext | None, module: nn.Module, arguments: dict[str, An
     cache, config = find(arguments), module.config
     state, past = state_of(cache), logical_length(cache)
     visual = visual_tokens(context, arguments["inputs_embeds"], past)
+    if upstream.is_paged(arguments) and bool(visual.any()):
+        raise GripError(
+            "cannot prune pictures on a paged KV cache (generate_batch, continuous batching); use generate, or "
+            "remove_grip(model) first"
+        )
     compact = context.boundary.compact if context is not None else state is not None and state.shift is not None
     call = Call(arguments, config, visual, visual, cache, state, physical_length(cache), past, compact)
     if not bool(visual.any()) and (state is None or state.trivial):
@@ -133,11 +139,11 @@ def _state(keys: KeyMap, visual: Tensor, shift: Tensor | None) -> CacheState:
     return CacheState(keys.index, keys.valid, visual, visual.shape[1] - keys.index.shape[1], keys.full, shift)
 
 
-def growths(step: Step, layers: LayerDrops | None) -> list[Growth]:
-    """How what parts of the model put out gets the length of the call."""
+def growths(step: Step, layers: LayerDrops | None) -> dict[int, Growth | None]:
+    """From the layer of each number on, how what it puts out gets the length of the call."""
     total = step.call.past_logical + step.plan.length
-    plans = [(step.plan, step.keys)]
+    found = {0: growth(step.plan, step.keys, total)}
     if layers is not None:
-        plans += [(plan, KeyMap(plan.index, plan.valid, plan.full)) for plan in layers.plans.values()]
-    found = (growth(plan, keys, total) for plan, keys in plans)
-    return [one for one in found if one is not None]
+        for start, plan in layers.plans.items():
+            found[start] = growth(plan, KeyMap(plan.index, plan.valid, plan.full), total)
+    return found

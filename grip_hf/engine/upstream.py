@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -26,6 +26,8 @@ TESTED = ("5.16.1", "5.19.0", "5.24.0")
 
 # The KV cache among arguments and outputs: `cache` since 5.24, `past_key_values` before (an alias until 5.40).
 CACHE_NAMES = ("cache", "past_key_values")
+# The cache of continuous batching, which is none of transformers' other caches.
+PAGED = "PagedAttentionCache"
 # Pictures that were encoded before the call, and the release that brought them.
 ENCODED, ENCODED_SINCE = "mm_encoder_outputs", "5.18"
 # Arguments with which pictures or videos come, and the methods that encode them.
@@ -171,14 +173,14 @@ def first_layer(cache: Cache, sliding: bool) -> int | None:
 def mask_sizes(
     sizes: Callable[[int, int], tuple[int, int]], layers: list[Any], query_length: int, layer_idx: int, dropped: int
 ) -> tuple[int, int]:
-    """Number and offset of the keys that the mask of a layer covers, as if `dropped` positions more had been seen.
+    """Number and offset of the keys that the mask of a layer covers, as if more positions had been seen, or fewer.
 
     Args:
         sizes: The cache's own `get_mask_sizes`.
         layers: Its layers.
         query_length: Tokens of the call.
         layer_idx: The layer.
-        dropped: Positions to add.
+        dropped: Positions to add; negative ones are taken off.
     """
     if not dropped:
         return sizes(query_length, layer_idx)
@@ -235,6 +237,11 @@ def _crop_takes_a_length() -> bool:
 def static_length(cache: Cache) -> int:
     """Number of slots of a static cache."""
     return int(cache.get_max_length())
+
+
+def is_paged(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call belongs to continuous batching."""
+    return any(type(arguments.get(name)).__name__ == PAGED for name in CACHE_NAMES)
 
 
 def encoded_outputs(arguments: Mapping[str, Any]) -> list[Any]:
@@ -300,21 +307,55 @@ def attention_module(layer: nn.Module) -> Any:
     )
 
 
-def layers_that_cannot_drop(language_model: nn.Module, ranking: set[int]) -> str | None:
+def key_layers(layers: nn.ModuleList) -> list[int] | None:
+    """By decoder layer, the layer whose keys it reads: itself, or the last one of its kind with keys of its own.
+
+    Returns:
+        None if a layer reads keys that nobody here tells whose.
+    """
+    own: dict[Any, int] = {}
+    found = []
+    for number, layer in enumerate(layers):
+        attention = attention_module(layer)
+        kind = getattr(attention, "layer_type", None)
+        if not getattr(attention, "is_kv_shared_layer", False):
+            own[kind] = number
+        elif kind is None or kind not in own:
+            return None
+        found.append(own[kind])
+    return found
+
+
+def layers_that_cannot_drop(language_model: nn.Module, stages: Iterable[tuple[int, int]]) -> str | None:
     """Why tokens cannot be dropped between the decoder layers of a language model, or None if they can.
 
     Args:
         language_model: It.
-        ranking: The layers whose attention ranks the tokens.
+        stages: Per drop the layer that ranks, and the first one without the dropped tokens.
     """
     layers: Any = language_model.layers
-    config: Any = language_model.config
-    if is_recurrent(config):
+    if is_recurrent(language_model.config):
         return "some of its layers carry a state from token to token"
-    for number in sorted(ranking):
+    for number in sorted({rank for rank, _ in stages}):
         attention = attention_module(layers[number])
         if attention is None or not hasattr(attention, "config"):
             return f"layer {number} has no attention of a known name"
-    if any(getattr(attention_module(layer), "is_kv_shared_layer", False) for layer in layers):
-        return "some of its layers read the keys of earlier ones"
+    sources = key_layers(layers)
+    if sources is None:
+        return "some of its layers read keys that are not known to be those of an earlier one"
+    read = [source for number, source in enumerate(sources) if source != number]
+    last = max(drop for _, drop in stages)
+    if read and last > min(read):
+        return (
+            f"its layers {sources.index(min(read), min(read) + 1)} to {len(sources) - 1} read the keys of earlier "
+            f"ones, from layer {min(read)} on, after which no token can go; some would at layer {last}"
+        )
     return None
+
+
+def without_slicing(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a language model that keep it from leaving out positions between its layers (Gemma4 does).
+
+    Whoever asked for the last logits only takes them off the whole.
+    """
+    return {name: value for name, value in arguments.items() if name != "logits_to_keep"}

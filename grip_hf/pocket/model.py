@@ -63,7 +63,7 @@ def load_pocket_llava(dtype: torch.dtype = torch.float32) -> tuple[LlavaForCondi
 
 
 def save_pocket(model: LlavaForConditionalGeneration, testbed: Testbed, folder: Path) -> None:
-    """Write model (as bfloat16, which it then is) and processor, with names of weights that all readers know."""
+    """Write model (as bfloat16, which it then is) and processor, with names that every reader knows."""
     model.bfloat16().save_pretrained(folder)
     name_for_all_readers(folder / "model.safetensors")
     build_processor(testbed).save_pretrained(folder)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .checkpoints import last_checkpoint, save_scorer
     from .grpo import GRPO_DEFAULTS, GRPO_FIXED, grpo_config, make_grpo_trainer
     from .pipeline import TrainingPlan, train_scorer
+    from .reference import PruneReference, prune_like
     from .relaxed import RelaxedTrainer
     from .rewards import closeness, correctness, likelihood
     from .rollout import BudgetRange
@@ -30,6 +31,7 @@ _HOMES = {
     "GRPO_FIXED": ".grpo",
     "GripScorer": "..scorer.model",
     "GripScorerConfig": "..scorer.model",
+    "PruneReference": ".reference",
     "RelaxedTrainer": ".relaxed",
     "SampleStore": "..frozen.store",
     "TrainingPlan": ".pipeline",
@@ -42,6 +44,7 @@ _HOMES = {
     "load_model": "..frozen.sources",
     "load_rows": "..frozen.sources",
     "make_grpo_trainer": ".grpo",
+    "prune_like": ".reference",
     "save_scorer": ".checkpoints",
     "train_scorer": ".pipeline",
     "training_arguments": ".supervised",
@@ -55,6 +58,7 @@ __all__ = [
     "FrozenVLM",
     "GripScorer",
     "GripScorerConfig",
+    "PruneReference",
     "RelaxedTrainer",
     "SampleStore",
     "TrainingPlan",
@@ -67,6 +71,7 @@ __all__ = [
     "load_model",
     "load_rows",
     "make_grpo_trainer",
+    "prune_like",
     "save_scorer",
     "train_scorer",
     "training_arguments",

@@ -1,0 +1,136 @@
+"""Adapters of a patched model carry the GRIP part beside their own files."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from tiny import HIDDEN, IMAGE, build, make_inputs
+from transformers import Trainer, TrainingArguments
+
+from grip_hf import GripScorer, apply_grip, remove_grip
+from grip_hf.errors import GripError
+from grip_hf.scorer.model import GripScorerConfig
+
+LORA = {"r": 2, "target_modules": r".*language_model\.layers.*(q|v)_proj"}
+
+
+def scorer(seed=0):
+    torch.manual_seed(seed)
+    return GripScorer(GripScorerConfig(hidden_size=HIDDEN, width=16, attention_width=8, num_heads=2))
+
+
+def adapted(**settings):
+    """A patched model with adapters around it that do something."""
+    model = apply_grip(build("llava"), **settings)
+    model = peft.get_peft_model(model, peft.LoraConfig(**LORA))
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    return model.eval()
+
+
+@torch.no_grad()
+def asked(model):
+    """What a model says of a prompt, and what it keeps."""
+    out = model(**make_inputs("llava", [[3, IMAGE, 4]]))
+    return out.logits[0, -1], peft.PeftModel.get_base_model(model).grip.last.kept[0].tolist()
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_adapters_come_back_with_their_scorer(tmp_path):
+    model = adapted(scorer=scorer(), num_tokens=5)
+    model.save_pretrained(tmp_path)
+    assert {"adapter_config.json", "grip/grip_config.json", "grip/model.safetensors"} <= files(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(build("llava"), tmp_path).eval()
+    apply_grip(loaded, scorer=tmp_path)
+    (logits, kept), (wanted, tokens) = asked(loaded), asked(model)
+    assert kept == tokens and len(kept) == 5
+    torch.testing.assert_close(logits, wanted)
+
+
+def test_two_adapters_and_a_process_that_does_not_write(tmp_path):
+    model = adapted(num_tokens=5, selector="grid")
+    model.add_adapter("second", peft.LoraConfig(**LORA))
+    model.save_pretrained(tmp_path / "silent", is_main_process=False)
+    assert not (tmp_path / "silent" / "grip").exists()
+    model.save_pretrained(tmp_path / "both")
+    assert {"grip/grip_config.json", "second/grip/grip_config.json"} <= files(tmp_path / "both")
+    model.save_pretrained(tmp_path / "one", selected_adapters=["second"])
+    assert (tmp_path / "one" / "second" / "grip").is_dir() and not (tmp_path / "one" / "grip").exists()
+
+
+def test_a_trainer_saves_it(tmp_path):
+    model = adapted(num_tokens=5, selector="grid")
+    inputs = make_inputs("llava", [[3, IMAGE, 4]])
+    row = {**{name: value[0] for name, value in inputs.items()}, "labels": inputs["input_ids"][0]}
+    args = TrainingArguments(str(tmp_path), max_steps=1, save_steps=1, use_cpu=True, report_to="none")
+    trainer = Trainer(model, args, train_dataset=[row])
+    trainer.train()
+    trainer.save_model(tmp_path / "end")
+    for folder in ("checkpoint-1", "end"):
+        assert {"adapter_config.json", "grip/grip_config.json"} <= files(tmp_path / folder)
+
+
+def test_nothing_is_left_and_nothing_else_is_written(tmp_path):
+    model = adapted(num_tokens=5, selector="grid")
+    model.state_dict()
+    peft.get_peft_model_state_dict(model)
+    assert not files(tmp_path)
+    copied = copy.deepcopy(model)
+    remove_grip(model)
+    model.save_pretrained(tmp_path / "removed")
+    assert not (tmp_path / "removed" / "grip").exists()
+    assert not any(module._state_dict_pre_hooks for module in model.get_base_model().modules())
+    copied.save_pretrained(tmp_path / "copied")
+    assert (tmp_path / "copied" / "grip" / "grip_config.json").is_file()
+
+
+# Modules that PEFT trains beside the adapters
+
+
+def lengths(model, inputs):
+    """How many positions each copy of the first layer sees in one call."""
+    seen, handles = [], []
+    for name, module in model.named_modules():
+        if name.endswith("layers.0") and "language_model" in name:
+            handles.append(module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])))
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("patched", ["before", "after"])
+def test_modules_to_save(patched):
+    model, inputs = build("llava"), make_inputs("llava", [[3, IMAGE, 4]])
+    config = peft.LoraConfig(target_modules=["fc1"], modules_to_save=["language_model"])
+    try:
+        lengths(peft.get_peft_model(build("llava"), config), inputs)
+    except TypeError:
+        pytest.skip("this PEFT cannot call such a module by keywords alone, without a patch either")
+    if patched == "before":
+        apply_grip(model, num_tokens=4, selector="grid")
+    model = peft.get_peft_model(model, config)
+    if patched == "after":
+        apply_grip(model, num_tokens=4, selector="grid")
+    short = inputs["input_ids"].shape[1] - 12  # 4 of 16 visual tokens
+    assert lengths(model, inputs) == [short]
+    with model.disable_adapter():
+        assert lengths(model, inputs) == [short]
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    assert lengths(model, inputs) == [short]
+    merged = model.merge_and_unload()
+    if patched == "after":  # the copy that was hooked went with its adapter
+        with pytest.raises(GripError, match="apply it again"):
+            lengths(merged, inputs)
+        apply_grip(merged, num_tokens=4, selector="grid")
+    assert lengths(merged, inputs) == [short]
+    remove_grip(merged)
+    assert lengths(merged, inputs) == [short + 12]
