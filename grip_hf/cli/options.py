@@ -41,7 +41,6 @@ def _renamed(word: str) -> str:
 Pocket = Annotated[bool, typer.Option("--pocket", help="The pocket model and its scenes.")]
 Testbed = Annotated[str, typer.Option(help='With --pocket: which one, "pocket" or "pocket2".')]
 PocketModel = Annotated[Path | None, typer.Option(help="Folder of another pocket model than the shipped one.")]
-Testbed = Annotated[str, typer.Option(help='With --pocket: which one, "pocket" or "pocket2".')]
 Model = Annotated[str | None, typer.Option(help="Or: id or folder of a model.")]
 Dataset = Annotated[str | None, typer.Option(help="With --model: id, folder or file of a dataset.")]
 Split = Annotated[str | None, typer.Option(help="Split of the dataset; without it, the one that fits best.")]
