@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Cache
 
 from grip_hf import apply_grip
+from grip_hf.cli.options import words
 from grip_hf.errors import ScorerError
 from grip_hf.pocket import load_pocket_llava, make_scene
 from grip_hf.selectors import get_selector
@@ -149,6 +150,9 @@ def build(page):
     samples = [list(sample(number)) for number in range(len(SAMPLES))]
     with gr.Blocks(title="grip_hf", analytics_enabled=False) as blocks:
         gr.Markdown("# Fewer visual tokens\nThe same model answers with all of its visual tokens, and with a few.")
+        if page.pocket:
+            asked = ", ".join(f"*{text}*" for text in dict.fromkeys(text for _, text in samples))
+            gr.Markdown(f"The pocket model knows pictures like the samples, and questions like these: {asked}.")
         with gr.Row():
             with gr.Column(scale=2):
                 image = readable(gr.Image(samples[0][0], type="pil", label="Picture", height=300, elem_id="picture"))
@@ -179,5 +183,5 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="pocket", help="a model on the Hub, a folder, or 'pocket'")
     parser.add_argument("--scorer", help="folder or Hub id of a scorer; without it, the one that the model brings")
     parser.add_argument("--port", type=int, help="port of the page; 7860 or the next free one")
-    args = parser.parse_args()
+    args = parser.parse_args(words())
     build(Page(args.model, args.scorer)).launch(server_port=args.port, theme=gr.themes.Soft(), css=CSS)

@@ -8,6 +8,8 @@ import argparse
 import torch
 
 from grip_hf import GripConfig, Selector, VisualBatch, apply_grip, register
+from grip_hf.cli.options import words
+from grip_hf.evaluation.budgets import as_setting, parse_budget
 from grip_hf.pocket import load_pocket_llava, make_scene
 
 
@@ -37,13 +39,13 @@ class Unusual(Selector):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=3, help="which scene")
-    parser.add_argument("--keep-ratio", type=float, default=0.25)
-    args = parser.parse_args()
+    parser.add_argument("--budgets", "--keep-ratio", type=parse_budget, default=0.25, help="a ratio, or a number")
+    args = parser.parse_args(words())
     model, processor = load_pocket_llava()
     scene = make_scene(args.seed)
     choices = {
-        "centre_first": {"keep_ratio": args.keep_ratio, "selector": centre_first},
-        "unusual": {"config": GripConfig(keep_ratio=args.keep_ratio, selector="unusual")},
+        "centre_first": {**as_setting(args.budgets), "selector": centre_first},
+        "unusual": {"config": GripConfig(**as_setting(args.budgets), selector="unusual")},
     }
     for name, arguments in choices.items():
         apply_grip(model, **arguments)

@@ -9,6 +9,7 @@ import argparse
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from grip_hf import apply_grip
+from grip_hf.cli.options import words
 from grip_hf.pocket import load_pocket_llava
 
 
@@ -19,7 +20,7 @@ def main():
     parser.add_argument("--repo", required=True, help="where to upload to: user/name")
     parser.add_argument("--keep-ratio", type=float, default=0.25, help="budget of those who ask for none")
     parser.add_argument("--results", help="table that `grip-hf eval --json` wrote, for the card")
-    parser.add_argument("--measured", default="grip", help="name of this scorer in that table")
+    parser.add_argument("--measured", help="name of this scorer in that table")
     parser.add_argument("--training", help="how it was trained, for the card")
     parser.add_argument("--picture", help="a picture for the card, such as `grip-hf demo` draws")
     parser.add_argument("--license", default="apache-2.0")
@@ -27,7 +28,7 @@ def main():
     parser.add_argument(
         "--whole-model", action="store_true", help="upload the model too, the scorer in its folder grip/"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(words())
 
     if args.model == "pocket":
         model, processor = load_pocket_llava()
@@ -41,8 +42,7 @@ def main():
         print(f'from_pretrained("{args.repo}") loads the model as ever; apply_grip(model) then prunes it')
         return
     facts = {"training": args.training, "license": args.license, "picture": args.picture}
-    if args.results:
-        facts |= {"results": args.results, "measured": args.measured}
+    facts |= {"results": args.results, "measured": args.measured}  # None: what `grip-hf train` left beside the scorer
     print(model.grip.push_to_hub(args.repo, private=args.private, **facts))
 
 

@@ -9,6 +9,8 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from grip_hf import GripConfig, apply_grip
+from grip_hf.cli.options import words
+from grip_hf.evaluation.budgets import as_setting, parse_budget
 from grip_hf.pocket import load_pocket_llava, make_scene
 
 
@@ -19,9 +21,9 @@ def main():
         "--model", default="llava-hf/llava-1.5-7b-hf", help="a LLaVA on the Hub, a folder, or 'pocket'"
     )
     parser.add_argument("--image", help="a picture; without it, a held-out scene of the pocket testbed")
-    parser.add_argument("--keep-ratio", type=float, default=0.25)
+    parser.add_argument("--budgets", "--keep-ratio", type=parse_budget, default=0.25, help="a ratio, or a number")
     parser.add_argument("--selector", help="without it, the scorer that comes with the model, or cdpruner")
-    args = parser.parse_args()
+    args = parser.parse_args(words())
 
     image = Image.open(args.image).convert("RGB") if args.image else make_scene(0).image
     if args.model == "pocket":
@@ -39,7 +41,7 @@ def main():
         return out, processor.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     _, full = answer()
-    apply_grip(model, GripConfig(keep_ratio=args.keep_ratio, selector=args.selector))
+    apply_grip(model, GripConfig(**as_setting(args.budgets), selector=args.selector))
     out, pruned = answer()
     print(f"all visual tokens: {full.strip()}")
     print(f"{len(model.grip.kept_tokens(out)[0])} visual tokens: {pruned.strip()}")

@@ -32,7 +32,7 @@ class GripArguments:
     keep_ratio: float = dataclasses.field(default=0.25, metadata={"help": "Share of the visual tokens to keep."})
     selector: str = dataclasses.field(default="grip", metadata={"help": "Who chooses; 'grip' needs a scorer."})
     scorer: str | None = dataclasses.field(default=None, metadata={"help": "Folder or Hub id of a scorer."})
-    rows: int = dataclasses.field(default=20_000, metadata={"help": "Questions of the pocket dataset."})
+    examples: int = dataclasses.field(default=20_000, metadata={"help": "Pocket questions.", "aliases": ["--rows"]})
     merge: bool = dataclasses.field(default=False, metadata={"help": "Also write the model with its adapters merged."})
 
 
@@ -52,7 +52,7 @@ def main(script_args, training_args, model_args, grip_args):
     )
     apply_grip(model, scorer=grip_args.scorer, keep_ratio=grip_args.keep_ratio, selector=grip_args.selector)
     if script_args.dataset_name == "pocket":
-        data = Dataset.from_generator(pocket_rows, gen_kwargs={"rows": grip_args.rows, "seed": training_args.seed})
+        data = Dataset.from_generator(pocket_rows, gen_kwargs={"rows": grip_args.examples, "seed": training_args.seed})
     else:
         data = load_dataset(script_args.dataset_name, split=script_args.dataset_train_split)
     training_args.max_length = None  # cutting could take visual tokens away from their picture

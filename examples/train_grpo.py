@@ -17,6 +17,7 @@ from transformers import set_seed
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from grip_hf import training
+from grip_hf.frozen.screening import screen
 from grip_hf.pocket.examples import PocketExamples, load_pocket
 
 
@@ -26,21 +27,25 @@ class GripArguments(ScriptArguments):
 
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset id or folder."})
     pocket: bool = field(default=False, metadata={"help": "Train for the pocket model on its scenes."})
-    rows: int = field(default=30_000, metadata={"help": "Most rows to train on."})
+    examples: int = field(default=30_000, metadata={"help": "Questions to train on, at most.", "aliases": ["--rows"]})
     budgets: list[float] = field(default_factory=lambda: [0.03, 0.6], metadata={"help": "Keep ratios, low and high."})
     rewards: list[str] = field(default_factory=lambda: ["closeness", "correctness"], metadata={"help": "Rewards."})
-    warmup_steps_supervised: int = field(default=500, metadata={"help": "Steps of the supervised warm-up."})
+    warmup_steps_supervised: int = field(default=400, metadata={"help": "Steps of the supervised warm-up."})
     device_map: str | None = field(default=None, metadata={"help": "Device map of the model."})
 
 
 def main(script: GripArguments, args: GRPOConfig, model: ModelConfig) -> None:
     if script.pocket:
-        vlm = training.FrozenVLM(*load_pocket(model.model_name_or_path))
-        examples = PocketExamples(script.rows, args.seed)
+        pocket, processor = load_pocket(model.model_name_or_path)
+        vlm, examples = (
+            training.FrozenVLM(pocket.to(args.device), processor),
+            PocketExamples(script.examples, args.seed),
+        )
     else:
         quantize = "4bit" if model.load_in_4bit else "8bit" if model.load_in_8bit else None
-        vlm = training.FrozenVLM(*training.load_model(model.model_name_or_path, quantize, script.device_map))
-        examples = training.load_rows(script.dataset_name, script.dataset_train_split, script.rows)
+        loaded = training.load_model(model.model_name_or_path, quantize, script.device_map, device=args.device)
+        rows = training.load_rows(script.dataset_name, script.dataset_train_split, script.examples, args.seed)
+        vlm, examples = training.FrozenVLM(*loaded), screen(rows).examples  # reads every row before the first step
     store, budgets = training.SampleStore(vlm, examples), tuple(script.budgets)
 
     set_seed(args.seed)  # the trainers set it too, but after the scorer got its weights

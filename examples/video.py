@@ -11,6 +11,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from grip_hf import GripConfig, apply_grip
+from grip_hf.cli.options import words
+from grip_hf.evaluation.budgets import as_setting, parse_budget
 
 
 def main():
@@ -19,11 +21,11 @@ def main():
     parser.add_argument("--model", default="llava-hf/llava-onevision-qwen2-0.5b-ov-hf")
     parser.add_argument("--video", help="a video file")
     parser.add_argument("--frames", nargs="+", help="or pictures, in order")
-    parser.add_argument("--keep-ratio", type=float, default=0.1)
+    parser.add_argument("--budgets", "--keep-ratio", type=parse_budget, default=0.1, help="a ratio, or a number")
     parser.add_argument("--scope", choices=["sample", "image"], default="sample", help="share the budget over frames")
     parser.add_argument("--selector", help="without it, the scorer that comes with the model, or cdpruner")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    args = parser.parse_args()
+    args = parser.parse_args(words())
     if (args.video is None) == (args.frames is None):
         parser.error("give either --video or --frames")
 
@@ -36,7 +38,7 @@ def main():
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(model.device, model.dtype)
 
-    apply_grip(model, GripConfig(keep_ratio=args.keep_ratio, scope=args.scope, selector=args.selector))
+    apply_grip(model, GripConfig(**as_setting(args.budgets), scope=args.scope, selector=args.selector))
     with torch.inference_mode():
         out = model.generate(
             **inputs, max_new_tokens=args.max_new_tokens, do_sample=False, return_dict_in_generate=True

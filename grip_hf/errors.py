@@ -9,6 +9,10 @@ class ConfigError(GripError, ValueError):
     """A setting has a value that is not allowed."""
 
 
+class FileError(GripError, OSError):
+    """A file cannot be written: no such folder, no permission, a full disk."""
+
+
 class UnsupportedModelError(GripError, ValueError):
     """This model, or what it was asked to do, cannot be pruned by grip_hf."""
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .files import write_json as write_json
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -104,11 +103,3 @@ def pivot(
     ]
     headings = [Column(index, index, left=True), *(Column(columns(key), str(key), form) for key in across)]
     return Table(headings, lines, title)
-
-
-def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """Write data as JSON beside its place and then move it there, so that no reader ever sees half of it."""
-    target = Path(path)
-    fresh = target.with_name(target.name + ".new")
-    fresh.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(fresh, target)

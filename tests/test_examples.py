@@ -51,11 +51,14 @@ def test_examples_are_short(name):
 
 
 def test_batch_inference(run):
-    out = run("batch_inference", "--samples", 3, "--batch-size", 2, "--keep-ratio", 0.25, 0.5, 1)
+    out = run("batch_inference", "--examples", 3, "--batch_size", 2, "--budgets", 0.25, 0.5, 1)
     for kept, scene in zip((36, 72, 144), map(make_scene, range(3)), strict=True):
         assert f"{scene.questions[0].text}  [{kept} visual tokens]" in out
+    assert run("batch_inference", "--samples", 2, "--budgets", 16, 8).count("[8 visual tokens]") == 1
     with pytest.raises(SystemExit):
-        run("batch_inference", "--samples", 3, "--keep-ratio", 0.25, 0.5)
+        run("batch_inference", "--examples", 3, "--budgets", 0.25, 0.5)
+    with pytest.raises(SystemExit):
+        run("batch_inference", "--budgets", 1.5)
 
 
 def test_quickstart(run, tmp_path):
@@ -82,11 +85,15 @@ def test_custom_selector(run):
 @TRAINING
 def test_train_warmup_and_push(run, tmp_path, hub):
     out = run("train_warmup", "--output", tmp_path, "--steps", 1, "--rows", 8, "--batch-size", 2, "--width", 16)
-    assert str(tmp_path / "share") in out and "Warm-up of 1 steps" in (tmp_path / "share" / "README.md").read_text()
-    out = run("push_to_hub", "--scorer", tmp_path, "--model", "pocket", "--repo", "user/grip", "--training", "here")
+    assert f"scorer={str(tmp_path)!r}" in out
+    again = run("train_warmup", "--output", tmp_path, "--steps", 1, "--examples", 8, "--batch_size=2", "--width", 16)
+    assert "finished, nothing to do" in again
+    out = run("push_to_hub", "--scorer", tmp_path, "--model", "pocket", "--repo", "user/grip")
     assert f"{hub.url}/user/grip/commit/" in out
     card = hub.repos["user/grip"].files()["README.md"].decode()
-    assert "here" in card and "license: apache-2.0" in card
+    assert "| warmup_steps | `1` |" in card and "license: apache-2.0" in card
+    run("push_to_hub", "--scorer", tmp_path, "--model", "pocket", "--repo", "user/grip", "--training", "by hand")
+    assert "by hand" in hub.repos["user/grip"].files()["README.md"].decode()
     out = run("push_to_hub", "--scorer", tmp_path, "--model", "pocket", "--repo", "user/whole", "--whole-model")
     assert 'from_pretrained("user/whole")' in out
     files = set(hub.repos["user/whole"].files())
@@ -143,7 +150,7 @@ def test_sft_of_a_pruned_model_trains_adapters_only(tmp_path):
         ScriptArguments(dataset_name="pocket"),
         settings,
         ModelConfig(model_name_or_path="pocket", use_peft=True, lora_r=2),
-        example.GripArguments(keep_ratio=0.11, selector="similarity", rows=4),
+        example.GripArguments(keep_ratio=0.11, selector="similarity", examples=4),
     )
     adapters = load_file(tmp_path / "adapter_model.safetensors")
     assert adapters and all("language_model" in name and "lora_" in name for name in adapters)

@@ -79,7 +79,7 @@ def test_every_command_that_is_spoken_of_is_there():
         "grip-hf demo --scenes none",
         "python -m grip_hf.pocket.report --scene 3",
         "python examples/none.py",
-        "python examples/quickstart.py --budget 3",
+        "python examples/quickstart.py --pictures 3",
         "pip install '.[tests]'",
         "make all",
     ],

@@ -4,10 +4,6 @@ The environment borrows the dependencies of the one that runs the tests, so noth
 """
 
 import json
-import os
-import subprocess
-import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -15,46 +11,26 @@ import pytest
 from huggingface_hub import ModelCard
 from loopback_hub import WRITER, LoopbackHub, Repo
 from readme import READMES, ROOT, commands, fenced
+from wheels import build, call, install, shell
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent / "support"
 MODEL, SCORER, PRUNED = "llava-hf/llava-1.5-7b-hf", "you/grip-llava-1.5-7b", "you/llava-1.5-7b-grip"
 
 
-def call(*words, **kwargs):
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, **kwargs)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dist")
-    offline = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet")
-    call(sys.executable, "-m", "pip", "wheel", *offline, "--wheel-dir", folder, ROOT)
-    (path,) = folder.glob("*.whl")
-    return path
+    return build(tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module")
 def programs(wheel, tmp_path_factory):
-    """The folder of programs of an environment with the wheel in it."""
-    venv = tmp_path_factory.mktemp("venv")
-    call(sys.executable, "-m", "venv", "--without-pip", venv)
-    pip = (sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--quiet")
-    call(*pip, "--no-deps", "--no-index", wheel)
-    (packages,) = venv.glob("lib/python*/site-packages")
-    borrowed = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    (packages / "borrowed.pth").write_text("\n".join(borrowed) + "\n")  # read after the environment's own packages
-    return venv / "bin"
+    return install(wheel, tmp_path_factory.mktemp("venv"))
 
 
 @pytest.fixture
 def environment(programs, tmp_path):
-    """What a newcomer's shell has: the programs on the path, and nothing of the source tree."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
-    path = f"{programs}{os.pathsep}{kept['PATH']}{os.pathsep}{sysconfig.get_path('scripts')}"
-    return {**kept, "PATH": path, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    return shell(programs, tmp_path / "home")
 
 
 def test_everything_that_is_read_at_run_time_is_in_the_wheel(wheel):

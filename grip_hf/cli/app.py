@@ -1,21 +1,29 @@
 """The command line: `grip-hf --help`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from grip_hf.cli import options
 from grip_hf.cli.bench import bench
 from grip_hf.cli.doctor import doctor
 from grip_hf.cli.eval import evaluate
 from grip_hf.cli.pareto import pareto
-from grip_hf.cli.screen import JsonFile, console, in_folder, split_list
+from grip_hf.cli.screen import JsonFile, console, failures, in_folder, say, split_list
+from grip_hf.cli.serve import serve
 from grip_hf.cli.train import train
+from grip_hf.files import write_json, write_whole
 from grip_hf.version import __version__
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"token_normalize_func": options.normal},
+)
+MORE = {"allow_extra_args": True, "ignore_unknown_options": True}  # what TRL knows; it refuses the rest
 
 
 def _show_version(wanted: bool) -> None:
@@ -37,7 +45,8 @@ app.command("bench")(bench)
 app.command("doctor")(doctor)
 app.command("eval")(evaluate)
 app.command("pareto")(pareto)
-app.command("train")(train)
+app.command("serve")(serve)
+app.command("train", context_settings=MORE)(train)
 
 
 @app.command()
@@ -82,7 +91,7 @@ def demo(
     accuracy = means(result.summary)
     asked = result.summary[0].asked
     unpruned = accuracy["none"][1.0]
-    title = f"right answers in %, {asked} questions about {scenes} held-out scenes; all tokens: {unpruned:.1f}"
+    title = f"right answers in %, {asked} questions about {scenes} scenes; all tokens: {unpruned:.1f}"
     overview = Table(title=title)
     overview.add_column("selector")
     for ratio in ratios:
@@ -90,12 +99,13 @@ def demo(
     for name in names:
         overview.add_row(name, *(f"{accuracy[name][ratio]:.1f}" for ratio in ratios))
     console.print(overview)
-    result.picture.save(picture)
-    console.print(f"kept tokens drawn in {picture}")
-    console.print("this model is too small for pruning to save much time: `grip-hf bench` times larger ones")
-    if json_file is not None:
-        json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-        console.print(f"the same as data in {json_file}")
+    with failures():
+        write_whole(picture, result.picture.save)
+        say(f"kept tokens drawn in {picture}")
+        say("this model is too small for pruning to save much time: `grip-hf bench` times larger ones")
+        if json_file is not None:
+            write_json(json_file, result.to_dict())
+            say(f"the same as data in {json_file}")
 
 
 def _ratio(text: str) -> float:

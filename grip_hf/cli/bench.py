@@ -2,96 +2,120 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from .screen import JsonFile, console, numbers, split_list
+from ..files import write_json
+from ..tables import Column, Table
+from . import options
+from .screen import JsonFile, budget_list, console, failures, quiet, say, split_list
 
-COLUMNS = {
-    "selector": ("selector", "{}"),
-    "kept": ("kept", "{}"),
-    "TTFT ms": ("ttft_ms", "{:.1f}"),
-    "of unpruned": ("ttft_ratio", "{:.1%}"),
-    "vision": ("vision_ms", "{:.1f}"),
-    "selector ms": ("selector_ms", "{:.2f}"),
-    "of unpruned TTFT": ("selector_share", "{:.2%}"),
-    "prefill": ("prefill_ms", "{:.1f}"),
-    "/ floor": ("prefill_over_floor", "{:.3f}"),
-    "TTFT / floor": ("ttft_over_floor", "{:.3f}"),
-    "FLOPs": ("flop_ratio", "{:.1%}"),
-    "decode ms": ("decode_ms", "{:.2f}"),
-    "hooks us": ("hook_us", "{:.0f}"),
-    "cache MiB": ("cache_bytes", "{:.1f}"),
-    "peak MiB": ("peak_bytes", "{:.0f}"),
-}
+
+def _mebibytes(value: float) -> str:
+    return f"{value / 2**20:.1f}"
+
+
+COLUMNS = (
+    Column("selector", "selector", left=True),
+    Column("kept", "kept"),
+    Column("TTFT ms", "ttft_ms", "{:.1f}"),
+    Column("of full", "ttft_ratio", "{:.1%}"),
+    Column("selector ms", "selector_ms", "{:.2f}"),
+    Column("decode ms", "decode_ms", "{:.2f}"),
+    Column("cache MiB", "cache_bytes", _mebibytes),
+)
+WIDE = (
+    *COLUMNS,
+    Column("vision ms", "vision_ms", "{:.1f}"),
+    Column("prefill ms", "prefill_ms", "{:.1f}"),
+    Column("selector, of full", "selector_share", "{:.2%}"),
+    Column("prefill / floor", "prefill_over_floor", "{:.3f}"),
+    Column("TTFT / floor", "ttft_over_floor", "{:.3f}"),
+    Column("FLOPs", "flop_ratio", "{:.1%}"),
+    Column("hooks us", "hook_us", "{:.0f}"),
+    Column("peak MiB", "peak_bytes", _mebibytes),
+)
 
 
 def bench(
     model: Annotated[
-        str, typer.Option(help="Shape: pocket, small, llava-1.5-7b, llava-next, qwen2.5-vl-7b.")
+        str,
+        typer.Option(help="pocket, small, llava-1.5-7b, llava-next, qwen2.5-vl-7b; or id or folder of your model."),
     ] = "small",
-    selectors: Annotated[str, typer.Option(help="Selectors or downsampling, separated by commas.")] = (
-        "grip,random,grid,cls_attention,similarity,diversity"
-    ),
-    num_tokens: Annotated[str, typer.Option(help="Visual tokens to keep, separated by commas.")] = "64,192",
-    budgets: Annotated[str | None, typer.Option(help="Or: keep ratios, separated by commas.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="With your model: a picture; else noise, 672 x 672.")] = None,
+    prompt: Annotated[str, typer.Option(help="With your model: the question.")] = "Describe the picture.",
+    selectors: Annotated[
+        str, typer.Option(help="Selectors, downsampling, or label=folder of a scorer, separated by commas.")
+    ] = "grip,random,grid,similarity,diversity",
+    budgets: options.Budgets = "64,192",
     rounds: Annotated[int, typer.Option(min=1, help="Paired rounds; medians are taken over them.")] = 5,
     decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to time after the first.")] = 8,
-    batch: Annotated[int, typer.Option(min=1, help="Samples per call.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Dtype of the model.")] = "float32",
-    attention: Annotated[str, typer.Option(help="Attention implementation of the model.")] = "sdpa",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and inputs.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per call.")] = 1,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
+    device_map: options.DeviceMap = None,
+    attn_implementation: options.Attention = None,
+    seed: options.Seed = 0,
+    wide: Annotated[bool, typer.Option("--wide", help="Show every figure that --json has.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure time to first token, time per further token, cache and memory, beside the unpruned model and a floor."""
-    from ..config import check_keep_ratio, count_kept
-    from ..errors import GripError
+    """Measure time to first token, time per further token and cache, beside the unpruned model and a floor."""
+    asked = budget_list(budgets)
+    quiet()
     from ..evaluation.latency import run_bench
-    from ..evaluation.shapes import get_shape
+    from ..evaluation.shapes import SHAPES, get_shape, loaded
+    from ..frozen.sources import load_model
+    from .loading import find_device
 
-    names = split_list(selectors)
-    try:
-        if budgets is None:
-            counts = numbers(num_tokens, int, "whole numbers")
-        else:
-            total = get_shape(model).tokens
-            counts = [count_kept(total, check_keep_ratio(ratio)) for ratio in numbers(budgets)]
+    with failures():
+        place = find_device(device)
+        if model not in SHAPES and not Path(model).is_dir() and "/" not in model:
+            get_shape(model)  # tells the known ones
         with console.status("starting") as status:
+            subject: Any = model
+            if model not in SHAPES:
+                shown = _picture(picture)
+                parts = load_model(model, quantize, device_map, dtype, attn_implementation, place)
+                subject = loaded(model, *parts, shown, prompt, batch_size)
+            if dtype == "auto":
+                dtype = "bfloat16" if place.type == "cuda" else "float32"
             result = run_bench(
-                model, names, counts, rounds, decode_tokens, batch, device, dtype, attention, seed, status.update
-            )
-    except GripError as error:
-        raise typer.BadParameter(str(error)) from error
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    console.print(as_table(result))
-    console.print(
-        "floor: the unpatched language model on the kept embeddings; '/ floor': prefill with all that the patch adds, "
-        "without the selector; 'TTFT / floor': against unpruned vision tower + selector + floor"
-    )
+                subject, split_list(selectors), asked, rounds, decode_tokens, batch_size, str(place), dtype,
+                attn_implementation or "sdpa", seed, status.update,
+            )  # fmt: skip
+        if json_file is not None:
+            write_json(json_file, result)
+    if wide and not console.is_terminal:
+        console.width = 200
+    console.print(as_table(result, WIDE if wide else COLUMNS).rich())
+    if wide:
+        say(
+            "floor: the unpatched language model on the kept embeddings; prefill / floor: with all that the patch "
+            "adds, without the selector; TTFT / floor: against unpruned vision tower + selector + floor"
+        )
 
 
-def as_table(result: dict[str, Any]) -> Table:
+def _picture(file: Path | None) -> Any:
+    """The picture of a file, or noise, which any processor cuts into as many pieces as a photo of its size."""
+    import numpy as np
+    from PIL import Image
+
+    from ..frozen.pictures import open_picture
+
+    if file is not None:
+        return open_picture(str(file))
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (672, 672, 3), dtype=np.uint8))
+
+
+def as_table(result: dict[str, Any], columns: tuple[Column, ...] = COLUMNS) -> Table:
     """The figures of `run_bench` for people."""
     setting, full = result["setting"], result["unpruned"]
     title = (
         f"{setting['model']}: {setting['visual_tokens']} visual + {setting['text_tokens']} text tokens, batch "
         f"{setting['batch']}, {setting['dtype']}, {setting['device']}, {setting['threads']} threads"
     )
-    table = Table(title=title)
-    for heading in COLUMNS:
-        table.add_column(heading, justify="left" if heading == "selector" else "right")
     unpruned = {"selector": "unpruned", "kept": setting["visual_tokens"], **full}
-    for row in (unpruned, *result["rows"]):
-        table.add_row(*(_cell(row.get(key), form, heading) for heading, (key, form) in COLUMNS.items()))
-    return table
-
-
-def _cell(value: Any, form: str, heading: str) -> str:
-    if value is None:
-        return "-"
-    return form.format(value / 2**20 if heading.endswith("MiB") else value)
+    return Table(columns, [unpruned, *result["rows"]], title)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from ..files import write_json
 from .screen import JsonFile, console, split_list
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -56,7 +56,7 @@ def doctor(
             reports.append(examine(name, prune, **how) if config is None else examine_own(config, prune, **how))
     result = _result(reports, absent, {"device": device, "dtype": dtype, "attention": attention})
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(json_file, result)
     _show(result)
     if not result["passed"]:
         raise typer.Exit(1)

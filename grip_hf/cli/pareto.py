@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from .screen import JsonFile, console, in_folder
+from ..files import write_json, write_text, write_whole
+from .screen import JsonFile, console, in_folder, say
 
 POINTS = ("selector", "keep", "visual tokens", "accuracy, %", "TTFT, ms", "frontier")
 SAVINGS = ("selector", "median saving", "largest saving", "at accuracy, %", "against", "compared from, %", "to, %")
@@ -27,6 +29,7 @@ def pareto(
 ) -> None:
     """Draw accuracy against tokens and time, and tell the time that each method saves at equal accuracy."""
     from ..errors import GripError
+    from ..evaluation.budgets import label
     from ..evaluation.pareto import frontier, join, merge, savings, scorers
 
     try:
@@ -44,7 +47,7 @@ def pareto(
             *(
                 (
                     point.selector,
-                    f"{point.budget:.0%}",
+                    label(point.budget),
                     f"{point.tokens}",
                     f"{100 * point.accuracy:.1f}",
                     "-" if point.ms is None else f"{point.ms:.1f}",
@@ -72,10 +75,10 @@ def pareto(
     for title, rows in tables.items():
         console.print(_rich(title, rows))
     for kind in ("png", "svg"):
-        figure.savefig(output.with_name(f"{output.name}.{kind}"), dpi=200)
+        write_whole(output.with_name(f"{output.name}.{kind}"), partial(figure.savefig, dpi=200))
     text = "\n\n".join(f"**{title}**\n\n{_markdown(rows)}" for title, rows in tables.items())
-    output.with_name(f"{output.name}.md").write_text(text + "\n", encoding="utf-8")
-    console.print(f"written to {output}.png, {output}.svg and {output}.md")
+    write_text(output.with_name(f"{output.name}.md"), text + "\n")
+    say(f"written to {output}.png, {output}.svg and {output}.md")
     if json_file is not None:
         data = {
             "accuracy": judged.get("meta", {}),
@@ -83,7 +86,7 @@ def pareto(
             "points": [{**dataclasses.asdict(point), "frontier": point in best} for point in points],
             "savings": [dataclasses.asdict(one) for one in saved],
         }
-        json_file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, data)
 
 
 def _read(file: Path) -> Any:

@@ -2,82 +2,105 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-console = Console()
+from . import options
+from .loading import ModelChoice
+from .screen import failures, numbers, quiet, split_list
+
+# Options of TRL's or transformers' that have a name of their own here, or that the stages rely on.
+TAKEN = ("output_dir", "max_steps", "seed", "save_steps", "save_total_limit", "report_to", "use_cpu")
 
 
 def train(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder of the run; going on with an unfinished one is automatic.")],
-    pocket: Annotated[bool, typer.Option("--pocket", help="Train for the pocket model on its scenes.")] = False,
-    model: Annotated[str | None, typer.Option(help="Or: id or folder of a model.")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="With --model: id or folder of a dataset with image(s), prompt, perhaps answer.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of that dataset.")] = "train",
+    pocket: options.Pocket = False,
+    model: options.Model = None,
+    dataset: options.Dataset = None,
+    split: options.Split = None,
     method: Annotated[str, typer.Option(help="After the warm-up: grpo, relaxed, or warmup for nothing.")] = "grpo",
     warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of the warm-up.")] = 400,
     steps: Annotated[int, typer.Option(min=0, help="Steps of the method.")] = 900,
-    warmup_batch: Annotated[int, typer.Option(min=1, help="Examples per warm-up step and process.")] = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Keep-sets per GRPO step and process.")] = 64,
-    generations: Annotated[
+    warmup_batch_size: Annotated[int, typer.Option(min=1, help="Examples per warm-up step and process.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Keep-sets per GRPO step and process.")] = 64,
+    num_generations: Annotated[
         int, typer.Option(min=2, help="Keep-sets per example; the relaxation takes batch / generations examples too.")
     ] = 8,
-    rate: Annotated[float, typer.Option(help="Peak learning rate of the method.")] = 3e-4,
-    warmup_rate: Annotated[float, typer.Option(help="Peak learning rate of the warm-up.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the method.")] = 3e-4,
+    warmup_learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the warm-up.")] = 1e-3,
     budgets: Annotated[str, typer.Option(help="Smallest and largest keep ratio, separated by a comma.")] = "0.03,0.6",
     target: Annotated[str, typer.Option(help="Target of the warm-up: combined, gradient or attention.")] = "combined",
     rewards: Annotated[
         str, typer.Option(help="Rewards: closeness, correctness, likelihood.")
     ] = "closeness,correctness",
     reward_weights: Annotated[str, typer.Option(help="Their weights.")] = "1,1",
-    entropy: Annotated[float, typer.Option(help="Weight of the entropy bonus.")] = 0.001,
+    entropy_coef: Annotated[float, typer.Option(help="Weight of the entropy bonus.")] = 0.001,
     beta: Annotated[float, typer.Option(help="Weight of the KL to the warm-up's policy.")] = 0.0,
     greedy: Annotated[bool, typer.Option(help="Give each group a greedy member as part of its baseline.")] = False,
     temperature: Annotated[float, typer.Option(help="Temperature of GRPO's draws, or of the soft top-k.")] = 1.0,
     draws: Annotated[int, typer.Option(min=1, help="Keep-sets per example and step of the relaxation.")] = 1,
     width: Annotated[int, typer.Option(min=1, help="Width of the scorer.")] = 256,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the scorer.")] = 1,
-    rows: Annotated[int, typer.Option(min=1, help="Questions to train on (of a dataset: at most).")] = 30_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, order and draws.")] = 0,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
+    examples: Annotated[int, typer.Option(min=1, help="Questions to train on (of a dataset: at most).")] = 30_000,
+    on_bad_row: options.OnBadRow = "stop",
+    seed: options.Seed = 0,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
+    keep_ratio: Annotated[float, typer.Option(help="Budget that the scorer is saved with.")] = 0.25,
     report_to: Annotated[str, typer.Option(help="Where metrics go: none, tensorboard, wandb, trackio, ...")] = "none",
-    quantize: Annotated[str | None, typer.Option(help="Load the model in 4bit or 8bit.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Device map of the model.")] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
+    device_map: options.DeviceMap = None,
+    attn_implementation: options.Attention = None,
+    cpu: Annotated[bool, typer.Option("--cpu", hidden=True)] = False,
     eval_examples: Annotated[int, typer.Option(min=0, help="Held-out questions for eval_table.json.")] = 450,
-    pocket_model: Annotated[Path | None, typer.Option(help="Folder of another pocket model.")] = None,
-    testbed: Annotated[str, typer.Option(help='With --pocket: which one, "pocket" or "pocket2".')] = "pocket",
+    metric: options.Metric = "exact",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure a few steps and estimate the rest.")] = False,
+    pocket_model: options.PocketModel = None,
+    testbed: options.Testbed = "pocket",
 ) -> None:
-    """Train a scorer: supervised warm-up, then GRPO on TRL's trainer (or the relaxation that it is compared with)."""
-    from ..errors import GripError
+    """Train a scorer: supervised warm-up, then GRPO on TRL's trainer (or the relaxation that it is compared with).
 
-    if pocket == (model is not None) or (model is None) != (dataset is None):
-        raise typer.BadParameter("give either --pocket, or --model and --dataset")
-    if pocket and (quantize or device_map):
-        raise typer.BadParameter("--quantize and --device-map go with --model, not with --pocket")
+    Any other option of TRL's GRPOConfig (of transformers' TrainingArguments, for the relaxation) is taken too, such
+    as --gradient_accumulation_steps 4. Columns of a dataset: images and messages, prompt and answer, and more.
+    """
+    device = "cpu" if cpu else device
+    if device not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"--device must be auto, cpu or cuda here (CUDA_VISIBLE_DEVICES=N), got {device!r}")
+    choice = ModelChoice(
+        pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation, testbed
+    )
+    quiet()
     low_high = _numbers(budgets, 2, "--budgets")
-    names = [name.strip() for name in rewards.split(",") if name.strip()]
-    shared: dict[str, Any] = {"report_to": report_to, "use_cpu": cpu}
-    args: dict[str, Any] = {**shared, "per_device_train_batch_size": batch, "learning_rate": rate}
+    names = split_list(rewards)
+    shared: dict[str, Any] = {"report_to": report_to, "use_cpu": device == "cpu"}
+    if not sys.stderr.isatty():
+        shared["disable_tqdm"] = True  # a log gets one line per logging step
+    args: dict[str, Any] = {**shared, "per_device_train_batch_size": batch_size, "learning_rate": learning_rate}
     if method == "grpo":
         weights = _numbers(reward_weights, len(names), "--reward-weights")
-        args |= {"num_generations": generations, "reward_weights": weights, "entropy_coef": entropy, "beta": beta}
-        args["temperature"] = temperature
-        options: dict[str, Any] = {"rewards": names, "greedy": greedy}
+        args |= {"num_generations": num_generations, "reward_weights": weights, "entropy_coef": entropy_coef}
+        args |= {"beta": beta, "temperature": temperature}
+        more: dict[str, Any] = {"rewards": names, "greedy": greedy}
     else:
-        args["per_device_train_batch_size"] = max(1, batch // generations)
-        options = {"temperature": temperature, "draws": draws}
-    try:
-        from ..frozen.store import SampleStore
-        from ..training.pipeline import TrainingPlan
-        from ..training.pipeline import train_scorer as run
+        args["per_device_train_batch_size"] = max(1, batch_size // num_generations)
+        more = {"temperature": temperature, "draws": draws}
+    args |= upstream_options(context.args, method)
+    with failures():
+        from ..evaluation.answers import check_metric
+        from ..files import check_folder
+        from ..training.plan import TrainingPlan
         from ..training.rollout import BudgetRange
+        from .job import Job, estimate
 
+        rows = {"dataset": dataset, "split": split, "held_out": eval_examples} if dataset else {}
+        check_metric(metric)
         plan = TrainingPlan(
             output=output,
             method=method,
@@ -86,83 +109,59 @@ def train(
             budgets=BudgetRange(*low_high),
             target=target,
             seed=seed,
-            save_every=save_every,
+            save_every=save_steps,
             scorer={"width": width, "num_layers": layers},
-            warmup_args={**shared, "per_device_train_batch_size": warmup_batch, "learning_rate": warmup_rate},
+            warmup_args={
+                **shared,
+                "per_device_train_batch_size": warmup_batch_size,
+                "learning_rate": warmup_learning_rate,
+            },
             args=args,
-            options=options,
+            options=more,
+            keep_ratio=keep_ratio,
+            data={**choice.facts(), "examples": examples, **rows},
         )
-        vlm, examples, held_out = _load(
-            pocket, pocket_model, testbed, model, dataset, split, rows, seed, eval_examples, quantize, device_map
-        )
-        run(plan, SampleStore(vlm, examples))
-        vlm.close()
-        if held_out is not None:
-            _table(plan, vlm, held_out, seed, pocket)
-    except GripError as error:
-        raise typer.BadParameter(str(error)) from error
-    console.print(f"the scorer is in {output}")
+        plan.stages()  # upstream refuses what it does not like before anything is loaded
+        if not dry_run:
+            check_folder(output)
+        job = Job(choice, plan, split, on_bad_row, metric, eval_examples)
+        if dry_run:
+            estimate(job)
+            return
+        job.run()
+
+
+def upstream_options(words: list[str], method: str) -> dict[str, Any]:
+    """What further options set in TRL's `GRPOConfig`, or in transformers' `TrainingArguments`.
+
+    TRL's own parser reads them. It does not read the options above, because it would show all of its own 200 in the
+    help and would set each of them, also those that were not given.
+    """
+    if not words:
+        return {}
+    from argparse import SUPPRESS
+
+    from transformers import TrainingArguments
+    from trl import GRPOConfig, TrlParser
+
+    known: Any = GRPOConfig if method == "grpo" else TrainingArguments
+    parser = TrlParser((known,))
+    for action in parser._actions:
+        action.default, action.required = SUPPRESS, False
+
+    def refuse(message: str) -> None:
+        raise typer.BadParameter(f"{message} (options of this command, and of {known.__name__}, are known)")
+
+    parser.error = refuse  # type: ignore[method-assign,assignment]
+    found = vars(parser.parse_args(words))
+    fields = {field.name for field in dataclasses.fields(known)}
+    if taken := sorted(set(found) & set(TAKEN)):
+        raise typer.BadParameter(f"{', '.join(f'--{name}' for name in taken)}: this command sets it; see --help")
+    return {name: value for name, value in found.items() if name in fields}
 
 
 def _numbers(text: str, count: int, option: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
+    values = numbers(text, wanted=f"{option}: numbers")
     if len(values) != count:
         raise typer.BadParameter(f"{option} needs {count} numbers separated by commas, got {text!r}")
     return values
-
-
-def _load(
-    pocket: bool,
-    pocket_model: Path | None,
-    testbed: str,
-    model: str | None,
-    dataset: str | None,
-    split: str,
-    rows: int,
-    seed: int,
-    eval_examples: int,
-    quantize: str | None,
-    device_map: str | None,
-) -> tuple[Any, Any, Any]:
-    """The frozen model, the examples to train on, and those to evaluate on (or None)."""
-    from ..frozen.data import DatasetError, DatasetExamples
-    from ..frozen.sources import load_model, load_rows
-    from ..frozen.vlm import FrozenVLM
-    from ..pocket.examples import PocketExamples, load_pocket
-
-    if pocket:
-        held_out = PocketExamples(eval_examples, seed, "test", testbed) if eval_examples else None
-        loaded = load_pocket(pocket_model, testbed)
-        return FrozenVLM(*loaded), PocketExamples(rows, seed, testbed=testbed), held_out
-    assert model is not None and dataset is not None
-    examples = load_rows(dataset, split, rows + eval_examples)
-    if not eval_examples:
-        return FrozenVLM(*load_model(model, quantize, device_map)), examples, None
-    if len(examples) <= eval_examples:
-        raise DatasetError(f"the dataset has {len(examples)} rows, too few to hold out {eval_examples}")
-    cut = len(examples) - eval_examples
-    train_rows = DatasetExamples(examples.dataset.select(range(cut)))
-    held_out_rows = DatasetExamples(examples.dataset.select(range(cut, len(examples))))
-    return FrozenVLM(*load_model(model, quantize, device_map)), train_rows, held_out_rows
-
-
-def _table(plan: Any, vlm: Any, held_out: Any, seed: int, pocket: bool) -> None:
-    """Evaluate each stage's scorer and write `eval_table.json`; only the first process does."""
-    from accelerate import PartialState
-
-    from ..evaluation.runner import evaluate
-    from ..evaluation.tasks import named_selectors
-    from .eval import show, write_table
-
-    if not PartialState().is_main_process:
-        return
-    stages = [name for name in ("warmup", plan.method) if (plan.output / name / "scorer").is_dir()]
-    specs = [f"{name}={plan.output / name / 'scorer'}" for name in dict.fromkeys(stages)]
-    known = ["oracle"] if pocket else []
-    selectors = named_selectors([*specs, "random", "grid", "similarity", *known], seed, pocket)
-    rows = evaluate(vlm.model, vlm.processor, held_out, selectors, (0.5, 0.25, 0.11, 0.05, 0.03))
-    show(rows)
-    write_table(plan.output / "eval_table.json", rows, {"examples": len(held_out), "seed": seed, "steps": plan.steps})

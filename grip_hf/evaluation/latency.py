@@ -16,22 +16,23 @@ from statistics import median
 from typing import Any
 
 import torch
-import transformers
 
-from ..config import GripConfig
+from ..engine.upstream import attention_kernel
 from ..errors import ConfigError
 from ..families.table import find_parts
+from .budgets import Budget, check_budget, kept_of
+from .facts import versions
 from .flops import prefill_flops
 from .paired import Bench, Timing, Variant
-from .shapes import build_inputs, build_shape, get_shape
+from .shapes import Subject, get_shape, shaped
 
 Round = dict[Variant, Timing]
 
 
 def run_bench(
-    model: str = "small",
+    model: str | Subject = "small",
     selectors: Sequence[str] = ("grip", "random"),
-    num_tokens: Sequence[int] = (64, 192),
+    budgets: Sequence[Budget] = (64, 192),
     rounds: int = 5,
     decode_tokens: int = 8,
     batch: int = 1,
@@ -41,13 +42,14 @@ def run_bench(
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measure selectors at several budgets on a model with random weights.
+    """Measure selectors at several budgets.
 
     Args:
-        model: Name of a shape, such as "small" or "llava-1.5-7b".
-        selectors: Names of selectors, or "downsampling"; "grip" gets a scorer with random weights, which takes as
-            long as a trained one.
-        num_tokens: Budgets.
+        model: Name of a shape, such as "small" or "llava-1.5-7b", which gets random weights; or a model of your own
+            with its inputs, for which `batch`, `device`, `dtype` and `attention` are not read.
+        selectors: Names of selectors, "downsampling", or `label=folder` for a scorer of your own; "grip" is the scorer
+            that came with the model, else one with random weights, which takes as long as a trained one.
+        budgets: Keep ratios in (0, 1], or numbers of visual tokens > 1.
         rounds: Paired rounds, after one that is not counted.
         decode_tokens: Further tokens to time after the first.
         batch: Samples per call.
@@ -63,29 +65,32 @@ def run_bench(
     Raises:
         ConfigError: An argument is not allowed.
     """
-    shape = get_shape(model)
-    budgets = list(dict.fromkeys(GripConfig(num_tokens=count).num_kept(shape.tokens) for count in num_tokens))
+    wanted = [check_budget(budget) for budget in budgets]
     for name, value in (("rounds", rounds), ("decode_tokens", decode_tokens), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
     if not selectors:
         raise ConfigError("selectors must name at least one selector, got none")
-    precision = getattr(torch, dtype, None)
-    if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
-        raise ConfigError(f"dtype must be the name of a floating-point torch dtype, got {dtype!r}")
-    _check_device(device)
-    progress(f"building {model}")
-    built = build_shape(shape, device, precision, attention, seed)
-    bench = Bench(built, build_inputs(shape, built, batch, seed), selectors, decode_tokens, seed)
-    pruned = [Variant(name, budget) for budget in budgets for name in selectors]
-    variants = [Variant(), *(Variant(None, budget) for budget in budgets), *pruned]
+    if isinstance(model, str):
+        get_shape(model)
+        precision = getattr(torch, dtype, None)
+        if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
+            raise ConfigError(f"dtype must be the name of a floating-point torch dtype, got {dtype!r}")
+        _check_device(device)
+        progress(f"building {model}")
+        model = shaped(model, batch, device, precision, attention, seed)
+    built, place = model.model, model.inputs["input_ids"].device
+    counts = list(dict.fromkeys(kept_of(model.tokens, budget) for budget in wanted))
+    bench = Bench(built, model.inputs, selectors, decode_tokens, seed)
+    pruned = [Variant(name, count) for count in counts for name in bench.selectors]
+    variants = [Variant(), *(Variant(None, count) for count in counts), *pruned]
     found: list[Round] = []
     for number in range(rounds + 1):
         found.append({})
         for variant in variants:
             progress(f"round {number} of {rounds}: {variant}")
             found[-1][variant] = bench.run(variant)
-    texts = bench.inputs["input_ids"].shape[1] - shape.tokens
+    texts = bench.inputs["input_ids"].shape[1] - model.tokens
     language_model = find_parts(built).language_model
     full = prefill_flops(language_model, found[0][Variant()].layer_tokens)
     rows = []
@@ -94,19 +99,18 @@ def run_bench(
         share = prefill_flops(language_model, held) / full
         rows.append({**_row(found[1:], variant), "kept": held[-1] - texts, "flop_ratio": share})
     setting = {
-        "model": model,
-        "visual_tokens": shape.tokens,
+        "model": model.name,
+        "visual_tokens": model.tokens,
         "text_tokens": texts,
-        "batch": batch,
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "cpu",
-        "dtype": dtype,
-        "attention": attention,
+        "batch": len(model.inputs["input_ids"]),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "cpu",
+        "dtype": str(built.dtype).removeprefix("torch."),
+        "attention": attention_kernel(find_parts(built).language_model.config),
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "decode_tokens": decode_tokens,
         "seed": seed,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "versions": versions(),
     }
     return {"setting": setting, "unpruned": _medians(found[1:], Variant()), "rows": rows}
 

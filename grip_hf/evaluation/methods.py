@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, Protocol, runtime_checkable
@@ -9,15 +10,24 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..config import count_kept
 from ..engine.keepsets import VisualBatch
 from ..errors import ConfigError
 from ..frozen.samples import Sample
 from ..frozen.vlm import FrozenVLM, pictures
 from ..patch import apply_grip, remove_grip
+from .answers import EXACT, METRICS, check_metric
+from .budgets import Budget, as_setting, kept_of
 from .downsampling import check_square, downsample
 
 Scores = Callable[[VisualBatch], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a model wrote, without special tokens, and how right that is, in [0, 1]."""
+
+    score: float
+    said: str
 
 
 class Prompts:
@@ -26,10 +36,20 @@ class Prompts:
     Args:
         vlm: Who is asked.
         samples: What.
+        metric: "exact" wants the tokens of an answer and nothing more; the others are in `answers.METRICS`. Samples
+            without an answer are compared with what the unpruned model says, token by token.
+        max_new_tokens: Longest text that is written for a metric other than "exact".
     """
 
-    def __init__(self, vlm: FrozenVLM, samples: Sequence[Sample]) -> None:
-        self.vlm, self.samples = vlm, samples
+    def __init__(
+        self, vlm: FrozenVLM, samples: Sequence[Sample], metric: str = EXACT, max_new_tokens: int = 32
+    ) -> None:
+        self.vlm, self.samples, self.metric = vlm, samples, check_metric(metric)
+        self.accepted = [
+            [sample.answer, *map(vlm.answer_tokens, dict.fromkeys(sample.example.answers[1:]))] for sample in samples
+        ]
+        longest = max(len(one) for accepted in self.accepted for one in accepted)
+        self.longest = longest if metric == EXACT else max(longest, max_new_tokens)
         self.inputs: dict[str, Any] = vlm.collate([sample.inputs for sample in samples])
         self.pictures = pictures([sample.encoded for sample in samples])
 
@@ -40,16 +60,28 @@ class Prompts:
 
     def said(self, inputs: dict[str, Any]) -> Tensor:
         """[B, A] long: what greedy decoding writes from `inputs`, up to the longest answer; -1 behind its end."""
-        longest = max(len(sample.answer) for sample in self.samples)
-        written = self.vlm.model.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
+        written = self.vlm.model.generate(
+            **inputs,
+            max_new_tokens=self.longest,
+            do_sample=False,
+            num_beams=1,
+            suppress_tokens=list(self.vlm.parts.token_ids),  # as in the answers that the model itself gives
+        )
         written = written[:, inputs["input_ids"].shape[1] :]
-        return torch.nn.functional.pad(written, (0, longest - written.shape[1]), value=-1)
+        return torch.nn.functional.pad(written, (0, self.longest - written.shape[1]), value=-1)
 
-    def right(self, inputs: dict[str, Any]) -> list[bool]:
-        """Per sample whether greedy decoding from `inputs` writes exactly its answer, and ends it there."""
-        answers = [sample.answer for sample in self.samples]
-        written = self.said(inputs)
-        return [torch.equal(row[: len(answer)], answer) for row, answer in zip(written, answers, strict=True)]
+    def judged(self, inputs: dict[str, Any]) -> list[Answer]:
+        """Per sample what greedy decoding from `inputs` writes, and how right that is."""
+        decode = self.vlm.processor.tokenizer.decode
+        found = []
+        for row, sample, accepted in zip(self.said(inputs), self.samples, self.accepted, strict=True):
+            text = decode(row[row >= 0], skip_special_tokens=True).strip()
+            if self.metric == EXACT or sample.example.answer is None:
+                score = float(any(torch.equal(row[: len(one)], one) for one in accepted))
+            else:
+                score = METRICS[self.metric](text, sample.example.answers or [sample.example.answer])
+            found.append(Answer(score, text))
+        return found
 
 
 @runtime_checkable
@@ -60,8 +92,8 @@ class Method(Protocol):
         """Raise `GripError` if the model cannot be used like this; leaves it as it is, without a patch."""
         ...
 
-    def answers(self, prompts: Prompts, ratios: Sequence[float]) -> list[list[bool]]:
-        """Per keep ratio and sample whether the answer is right; leaves the model without a patch."""
+    def answers(self, prompts: Prompts, budgets: Sequence[Budget]) -> list[list[Answer]]:
+        """Per budget and sample the answer; leaves the model without a patch."""
         ...
 
 
@@ -71,10 +103,10 @@ class Unpruned:
     def check(self, model: Any) -> None:
         """Any model will do."""
 
-    def answers(self, prompts: Prompts, ratios: Sequence[float]) -> list[list[bool]]:
-        """The same at every ratio."""
+    def answers(self, prompts: Prompts, budgets: Sequence[Budget]) -> list[list[Answer]]:
+        """The same at every budget."""
         remove_grip(prompts.vlm.model)
-        return [prompts.right({**prompts.inputs, **prompts.pictures})] * len(ratios)
+        return [prompts.judged({**prompts.inputs, **prompts.pictures})] * len(budgets)
 
 
 class Pruned:
@@ -91,14 +123,14 @@ class Pruned:
         """The selector must be able to work with the model."""
         remove_grip(apply_grip(model, keep_ratio=0.5, selector=self.selector))
 
-    def answers(self, prompts: Prompts, ratios: Sequence[float]) -> list[list[bool]]:
-        """Patch once, then ask at each ratio."""
+    def answers(self, prompts: Prompts, budgets: Sequence[Budget]) -> list[list[Answer]]:
+        """Patch once, then ask at each budget."""
         model: Any = apply_grip(prompts.vlm.model, keep_ratio=0.5, selector=self.selector)
         found = []
         try:
-            for ratio in ratios:
-                with model.grip.budget(keep_ratio=ratio):
-                    found.append(prompts.right({**prompts.inputs, **prompts.pictures}))
+            for budget in budgets:
+                with model.grip.budget(**as_setting(budget)):
+                    found.append(prompts.judged({**prompts.inputs, **prompts.pictures}))
         finally:
             remove_grip(model)
         return found
@@ -110,9 +142,9 @@ class Oracle:
     def check(self, model: Any) -> None:
         """Any model will do."""
 
-    def answers(self, prompts: Prompts, ratios: Sequence[float]) -> list[list[bool]]:
+    def answers(self, prompts: Prompts, budgets: Sequence[Budget]) -> list[list[Answer]]:
         """Ask with the evidence of these samples."""
-        return Pruned(partial(self.scores, samples=prompts.samples)).answers(prompts, ratios)
+        return Pruned(partial(self.scores, samples=prompts.samples)).answers(prompts, budgets)
 
     def scores(self, batch: VisualBatch, samples: Sequence[Sample]) -> Tensor:
         """[G, N] float32: falling along each example's evidence.
@@ -138,17 +170,17 @@ class Downsampling:
         """The model must take square pictures of any size."""
         check_square(model)
 
-    def answers(self, prompts: Prompts, ratios: Sequence[float]) -> list[list[bool]]:
-        """Shrink, encode and ask at each ratio."""
+    def answers(self, prompts: Prompts, budgets: Sequence[Budget]) -> list[list[Answer]]:
+        """Shrink, encode and ask at each budget."""
         remove_grip(prompts.vlm.model)
         model = prompts.vlm.model
         inputs = {**prompts.inputs, "pixel_values": torch.cat(prompts.pixels).to(model.dtype)}
         found = []
-        for ratio in ratios:
+        for budget in budgets:
             counts = [
-                count_kept(sample.num_visual, ratio) // len(pixels)
+                kept_of(sample.num_visual, budget) // len(pixels)
                 for sample, pixels in zip(prompts.samples, prompts.pixels, strict=True)
             ]
             small = downsample(model, inputs, max(1, min(counts)))
-            found.append(prompts.right(small))
+            found.append(prompts.judged(small))
         return found

@@ -37,8 +37,11 @@ class Row(_Row, total=False):
     seeds: list[float]
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The Wilson score interval of a proportion at 95 %.
+def wilson(right: float, n: int) -> tuple[float, float]:
+    """The two-sided Wilson score interval of a proportion at 95 %.
+
+    Graded scores may add up to no whole number: its neighbours then give the bounds. The interval is wide enough for
+    them, since nothing in [0, 1] varies more than right and wrong answers of the same mean.
 
     Raises:
         ValueError: Not 0 <= right <= n with n >= 1.
@@ -47,15 +50,17 @@ def wilson(right: int, n: int) -> tuple[float, float]:
         raise ValueError(f"right={right} of n={n} is no proportion")
     from scipy.stats import binomtest  # imported late: it takes longer than what it is asked for
 
-    low, high = binomtest(right, n).proportion_ci(LEVEL, method="wilson")
-    return float(low), float(high)
+    low, high = (
+        binomtest(round_(right), n).proportion_ci(LEVEL, method="wilson") for round_ in (math.floor, math.ceil)
+    )
+    return float(low.low), float(high.high)
 
 
-def table(answers: Mapping[tuple[str, float], Mapping[str, Sequence[bool]]], tasks: Iterable[str]) -> list[Row]:
+def table(answers: Mapping[tuple[str, float], Mapping[str, Sequence[float]]], tasks: Iterable[str]) -> list[Row]:
     """Rows per selector, budget and task, and one for the mean over tasks.
 
     Args:
-        answers: For each (selector, budget) the answers of each task, True where right.
+        answers: For each (selector, budget) the scores of each task, in [0, 1].
         tasks: The order of the tasks.
     """
     rows = []
@@ -68,7 +73,7 @@ def table(answers: Mapping[tuple[str, float], Mapping[str, Sequence[bool]]], tas
     return rows
 
 
-def _mean(selector: str, budget: float, counts: Sequence[tuple[int, int]]) -> Row:
+def _mean(selector: str, budget: float, counts: Sequence[tuple[float, int]]) -> Row:
     """The mean of the tasks' accuracies; its interval adds up their Agresti-Coull variances, which are never 0."""
     middle = mean(right / n for right, n in counts)
     smooth = [((right + 2) / (n + 4), n + 4) for right, n in counts]

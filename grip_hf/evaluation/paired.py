@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from ..engine.cache import returned
 from ..engine.upstream import cache_name
 from ..families.table import find_parts
+from ..hub.checkpoint import attached_folder
 from ..patch import apply_grip, remove_grip
 from ..scorer.model import GripScorer, GripScorerConfig
 from ..selectors import get_selector
@@ -61,7 +62,7 @@ class Bench:
     Args:
         model: The model, not patched.
         inputs: Inputs of its forward call.
-        selectors: Names of selectors, or "downsampling".
+        selectors: Names of selectors, "downsampling", or `label=folder` of a scorer.
         decode_tokens: Steps to time after the first token.
         seed: Seed of the scorer's random weights.
     """
@@ -72,10 +73,13 @@ class Bench:
         self.model, self.inputs, self.decode_tokens = model, inputs, decode_tokens
         self.cache_name = cache_name(find_parts(model).language_model)
         self.watch = Stopwatch(model.device)
-        self.selectors = {name: self._selector(name, seed) for name in selectors}
+        self.selectors = {name.partition("=")[0]: self._selector(name, seed) for name in selectors}
         self.kept: dict[int, dict[str, Any]] = {}
 
-    def _selector(self, name: str, seed: int) -> Any:
+    def _selector(self, spec: str, seed: int) -> Any:
+        name, _, folder = spec.partition("=")
+        if folder or (name == "grip" and (folder := attached_folder(self.model) or "")):
+            return get_selector("grip", scorer=folder)
         if name == DOWNSAMPLING:
             return check_square(self.model)  # nothing to apply
         if name != "grip":

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from ..config import count_kept
 from ..errors import ConfigError
 from ..selectors import SELECTORS
+from .budgets import kept_of
 from .downsampling import DOWNSAMPLING
 from .metrics import MEAN, UNPRUNED
 
@@ -113,7 +113,7 @@ def join(judged: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> list[
         if name == UNPRUNED:
             points.insert(0, Point(UNPRUNED, 1.0, total, row["accuracy"], whole))
             continue
-        timed_as, count = "grip" if name in known else name, count_kept(total, budget)
+        timed_as, count = "grip" if name in known else name, kept_of(total, budget)
         found = measured.get((timed_as, count))
         if found is None and (timed_as in SELECTORS or timed_as == DOWNSAMPLING):
             raise ConfigError(

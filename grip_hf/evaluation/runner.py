@@ -2,25 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..config import check_keep_ratio
 from ..errors import ConfigError
 from ..frozen.data import Examples
 from ..frozen.vlm import FrozenVLM
 from ..selectors.base import Selector
+from .answers import AGREEMENT, EXACT
+from .budgets import Budget, check_budget
 from .methods import Method, Prompts, Pruned, Scores, Unpruned
-from .metrics import UNPRUNED, Row, average, table
+from .metrics import MEAN, UNPRUNED, Row, average, table
 
 Judged = Scores | Method
-# One line per answer: which method, its training, the keep ratio, the task, right or wrong.
-Mark = tuple[str, int, float, str, bool]
+Asked = tuple[str, list[str], bool]
+
+
+class Mark(NamedTuple):
+    """One answer: who gave it (which of several trainings), at which budget, to which question, how right it is."""
+
+    selector: str
+    training: int
+    budget: Budget
+    row: int
+    task: str
+    score: float
+    said: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        rows: The table.
+        marks: Every answer, question by question.
+        metric: What the scores are, in words.
+        asked: Per question its text and the accepted answers, as they were judged.
+    """
+
+    rows: list[Row]
+    marks: list[Mark]
+    metric: str
+    asked: list[tuple[str, list[str]]]
+
+    @property
+    def unpruned(self) -> float:
+        """The mean score of the unpruned model."""
+        return next(row["accuracy"] for row in self.rows if (row["selector"], row["task"]) == (UNPRUNED, MEAN))
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """One record per answer, as plain data."""
+        for one in self.marks:
+            question, answers = self.asked[one.row]
+            yield {**one._asdict(), "question": question, "answers": answers}
 
 
 def tap_all(methods: Iterable[Method]) -> Callable[[Any], list[Any]]:
@@ -43,14 +84,14 @@ def evaluate(
     processor: Any,
     examples: Examples,
     selectors: Mapping[str, Judged | Sequence[Judged]],
-    budgets: Sequence[float],
+    budgets: Sequence[Budget],
     batch_size: int = 64,
     progress: bool = True,
     processes: PartialState | None = None,
-) -> list[Row]:
-    """Accuracy of every selector at every budget, and of the unpruned model.
-
-    An answer is right if the patched model's `generate`, decoding greedily, writes exactly the reference answer.
+    metric: str = EXACT,
+    max_new_tokens: int = 32,
+) -> Evaluation:
+    """Score of every selector at every budget, and of the unpruned model, on what the patched model itself generates.
 
     Args:
         model: The model; a patch on it is replaced and removed again.
@@ -58,18 +99,20 @@ def evaluate(
         examples: What to ask; `columns["task"]` names the task, where there are several.
         selectors: By the name to report: a selector or another `Method`, or several trainings of one, whose rows are
             averaged.
-        budgets: Keep ratios in (0, 1].
+        budgets: Keep ratios in (0, 1], or numbers of visual tokens > 1.
         batch_size: Examples at once.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar; it is shown on a terminal only.
         processes: Shares the batches among the processes of a launch; each gets the whole table, the one that a
             single process would make.
+        metric: When an answer is right; see `Prompts`.
+        max_new_tokens: Longest text that is written; see `Prompts`.
 
     Raises:
-        ConfigError: A budget is not allowed, or there are no budgets or examples.
+        ConfigError: A budget or the metric is not allowed, or there are no budgets or examples.
         UnsupportedModelError: A selector cannot work with the model.
     """
-    ratios = [check_keep_ratio(budget) for budget in budgets]
-    if not ratios or not len(examples) or batch_size < 1:
+    asked = [check_budget(budget) for budget in budgets]
+    if not asked or not len(examples) or batch_size < 1:
         raise ConfigError(
             f"nothing to evaluate: budgets={list(budgets)}, {len(examples)} examples, batch_size={batch_size}"
         )
@@ -80,19 +123,43 @@ def evaluate(
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     starts = range(rank * batch_size, len(examples), world * batch_size)
     vlm = FrozenVLM(model, processor, cache_bytes=1 << 28, tap=tap_all(every))
-    marks: list[list[Mark]] = []
+    batches: list[tuple[list[Mark], list[Asked]]] = []
     try:
-        for start in tqdm(starts, desc="evaluating", disable=not progress or rank > 0):
+        for start in tqdm(starts, desc="evaluating", disable=None if progress and rank == 0 else True):
             vlm.attach()
-            samples = vlm.prepare([examples[row] for row in range(start, min(start + batch_size, len(examples)))])
-            marks.append(list(_judge(Prompts(vlm, samples), methods, ratios)))
+            rows = range(start, min(start + batch_size, len(examples)))
+            prompts = Prompts(vlm, vlm.prepare([examples[row] for row in rows]), metric, max_new_tokens)
+            batches.append((list(_judge(prompts, methods, asked, start)), _asked(prompts)))
     finally:
         vlm.close()
     if world > 1:
         # Batches dealt out in turn come back in their order, so that rows and tasks stand as one process puts them.
-        shards: list[list[list[Mark]]] = gather_object([marks])
-        marks = [shards[i % world][i // world] for i in range(sum(map(len, shards)))]
-    return _table([one for batch in marks for one in batch], methods)
+        shards: list[list[Any]] = gather_object([batches])
+        batches = [shards[i % world][i // world] for i in range(sum(map(len, shards)))]
+    marks = [one for found, _ in batches for one in found]
+    questions = [one for _, found in batches for one in found]
+    table_rows = _table(marks)
+    return Evaluation(table_rows, marks, _name(metric, questions), [(one, right) for one, right, _ in questions])
+
+
+def _asked(prompts: Prompts) -> list[Asked]:
+    """Per sample the text of its question, the accepted answers, and whether these are the data's own."""
+    decode, found = prompts.vlm.processor.tokenizer.decode, []
+    for sample in prompts.samples:
+        example = sample.example
+        said = [part.get("text", "") for one in example.messages for part in one["content"]]
+        own = [decode(sample.answer, skip_special_tokens=True).strip()]
+        answers = list(example.answers) or ([example.answer] if example.answer is not None else own)
+        found.append((" ".join(filter(None, said)), answers, example.answer is not None))
+    return found
+
+
+def _name(metric: str, questions: Sequence[Asked]) -> str:
+    """What the scores are: a comparison with the unpruned model's own answers must not pass for accuracy."""
+    alone = sum(not own for *_, own in questions)
+    if alone == len(questions):
+        return AGREEMENT
+    return f"{metric} ({AGREEMENT} for {alone} of {len(questions)} without answer)" if alone else metric
 
 
 def _several(found: Judged | Sequence[Judged]) -> Sequence[Judged]:
@@ -103,23 +170,26 @@ def _method(one: Judged) -> Method:
     return one if isinstance(one, Method) else Pruned(one)
 
 
-def _judge(prompts: Prompts, methods: Mapping[str, Sequence[Method]], ratios: Sequence[float]) -> Iterable[Mark]:
-    """What every method makes of a batch, and the unpruned model."""
+def _judge(
+    prompts: Prompts, methods: Mapping[str, Sequence[Method]], budgets: Sequence[Budget], first: int
+) -> Iterable[Mark]:
+    """What every method makes of a batch whose first question has the number `first`, and the unpruned model."""
     tasks = [str(sample.example.columns.get("task", "all")) for sample in prompts.samples]
-    for task, right in zip(tasks, Unpruned().answers(prompts, [1.0])[0], strict=True):
-        yield UNPRUNED, 0, 1.0, task, right
-    for name, trainings in methods.items():
-        for number, one in enumerate(trainings):
-            for ratio, answers in zip(ratios, one.answers(prompts, ratios), strict=True):
-                for task, right in zip(tasks, answers, strict=True):
-                    yield name, number, ratio, task, right
+    trainings = {UNPRUNED: [Unpruned()], **methods}
+    for name, several in trainings.items():
+        for number, one in enumerate(several):
+            asked = budgets if name != UNPRUNED else [1.0]
+            for budget, answers in zip(asked, one.answers(prompts, asked), strict=True):
+                for row, (task, answer) in enumerate(zip(tasks, answers, strict=True), first):
+                    yield Mark(name, number, budget, row, task, answer.score, answer.said)
 
 
-def _table(marks: Iterable[Mark], methods: Mapping[str, Sequence[Method]]) -> list[Row]:
+def _table(marks: Iterable[Mark]) -> list[Row]:
     """Rows of every method, several trainings of a selector averaged."""
-    answers: dict[int, dict[tuple[str, float], dict[str, list[bool]]]] = defaultdict(dict)
-    for name, number, ratio, task, right in marks:
-        answers[number].setdefault((name, ratio), defaultdict(list))[task].append(right)
+    answers: dict[int, dict[tuple[str, float], dict[str, list[float]]]] = defaultdict(dict)
+    for one in marks:
+        by_task = answers[one.training].setdefault((one.selector, one.budget), defaultdict(list))
+        by_task[one.task].append(one.score)
     order = dict.fromkeys(task for by_task in answers[0].values() for task in by_task)
     rows: dict[tuple[str, float], list[list[Row]]] = defaultdict(list)
     for by_key in answers.values():

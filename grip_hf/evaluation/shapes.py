@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..errors import ConfigError
+from ..families.table import find_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,69 @@ def build_shape(shape: Shape, device: str, dtype: torch.dtype, attention: str = 
         except (ValueError, ImportError) as error:
             raise ConfigError(f"attention {attention!r} cannot be used: {error}") from error
     return model.eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is timed.
+
+    Attributes:
+        name: What tables call it.
+        model: The model.
+        inputs: Inputs of its forward call, the same prompt in each row.
+        tokens: Visual tokens of one row.
+    """
+
+    name: str
+    model: Any
+    inputs: dict[str, Tensor]
+    tokens: int
+
+
+def shaped(name: str, batch: int, device: str, dtype: torch.dtype, attention: str, seed: int) -> Subject:
+    """A model with random weights in the shape called `name`; raises `ConfigError` if there is none."""
+    shape = get_shape(name)
+    model = build_shape(shape, device, dtype, attention, seed)
+    return Subject(name, model, build_inputs(shape, model, batch, seed), shape.tokens)
+
+
+def loaded(name: str, model: Any, processor: Any, picture: Any, prompt: str, batch: int) -> Subject:
+    """A model of one's own with a picture and a prompt, as its chat template writes them.
+
+    Args:
+        name: What tables call it.
+        model: The model.
+        processor: Its processor.
+        picture: A PIL picture.
+        prompt: The question.
+        batch: Rows.
+
+    Raises:
+        ConfigError: The processor cannot take it, or makes no visual tokens of it.
+    """
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
+    try:
+        inputs = processor.apply_chat_template(
+            [[{"role": "user", "content": content}]] * batch,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    except Exception as error:
+        raise ConfigError(
+            f"the processor of {name} cannot take the prompt: {type(error).__name__}: {error}"
+        ) from error
+    ids = torch.tensor(find_parts(model).token_ids)
+    tokens = int(torch.isin(inputs["input_ids"][0], ids).sum())
+    if not tokens:
+        raise ConfigError(f"the processor of {name} makes no visual tokens of the picture")
+    device = model.get_input_embeddings().weight.device
+    ready = {key: value.to(device) for key, value in inputs.items()}
+    for key in ready:
+        if ready[key].is_floating_point():
+            ready[key] = ready[key].to(model.dtype)
+    return Subject(name, model, ready, tokens)
 
 
 def build_inputs(shape: Shape, model: Any, batch: int = 1, seed: int = 0) -> dict[str, Tensor]:

@@ -1,20 +1,19 @@
-"""Examples to train on: pictures, a conversation that asks about them, and perhaps the answer.
-
-A dataset has the columns `image` or `images`, `prompt` (a conversation, or one question as plain text) and optionally
-`answer`, as TRL's scripts for vision-language models use them. Other columns reach the reward functions.
-"""
+"""Examples to train and to evaluate on: pictures, a conversation that asks about them, and perhaps answers."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
+import numpy as np
 
 from ..errors import DatasetError as DatasetError
-
-IMAGE_COLUMNS = ("images", "image")
+from .formats import Question, recognise
+from .pictures import Picture, open_picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +24,13 @@ class Example:
         messages: The conversation, pictures inside: `[{"role": ..., "content": [{"type": "image", ...}, ...]}]`.
         answer: The reference answer; None takes what the unpruned model says.
         columns: Anything else that reward functions may want.
+        answers: All answers that are right, where there are several; `answer` is the first.
     """
 
     messages: list[dict[str, Any]]
     answer: str | None = None
     columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    answers: tuple[str, ...] = ()
 
 
 class Examples(Protocol):
@@ -45,95 +46,143 @@ class Examples(Protocol):
 
 
 class DatasetExamples:
-    """The rows of a `datasets.Dataset`, or of any sequence of dicts.
+    """The questions of a `datasets.Dataset`, or of any sequence of dicts.
 
     Args:
-        dataset: Rows with the columns named above.
-        probe: How many rows to read at once, so that a bad dataset fails before the first step.
+        dataset: Rows with columns that `formats.recognise` knows.
+        probe: How many questions to read at once, so that a bad dataset fails before the first step.
+        root: What relative paths of pictures are relative to; None is the working directory.
+
+    Attributes:
+        format: Which column holds what.
+        places: [questions, 2] int64, the row and the turn of each question.
 
     Raises:
         DatasetError: There are no rows, no pictures or no prompts, or a row cannot be read.
     """
 
-    def __init__(self, dataset: Any, probe: int = 8) -> None:
+    def __init__(self, dataset: Any, probe: int = 8, root: Path | None = None) -> None:
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise DatasetError(f"expected a dataset with rows by number, got {type(dataset).__name__}")
         if not len(dataset):
             raise DatasetError("the dataset has no rows")
-        self.dataset = dataset
-        columns = getattr(dataset, "column_names", None) or list(self._row(0))
-        self.image_column = next((name for name in IMAGE_COLUMNS if name in columns), "")
-        for name, found in (("image' or 'images", self.image_column), ("prompt", "prompt" in columns)):
-            if not found:
-                raise DatasetError(f"the dataset needs a column '{name}', it has {sorted(columns)}")
-        for row in range(min(probe, len(dataset))):
-            self[row]
+        self.dataset, self._stored = dataset, _stored(dataset)
+        first = self.row(0)
+        self.format = recognise(list(getattr(dataset, "column_names", None) or first), first, root)
+        self.places = self._places()
+        for place in range(min(probe, len(self))):
+            self[place]
+
+    def _places(self) -> np.ndarray[Any, Any]:
+        """Where the questions are; only conversations are read for it, and of them the texts alone."""
+        turns = np.ones(len(self.dataset), dtype=np.int64)
+        if not self.format.chat:
+            return _numbered(turns)
+        column = self.format.question
+        texts = self.dataset.select_columns(column) if hasattr(self.dataset, "select_columns") else self.dataset
+        texts = _stored(texts)
+        for row in range(len(turns)):
+            with contextlib.suppress(DatasetError):  # named when the row is read
+                turns[row] = self.format.turns(texts(row))
+        return _numbered(turns)
+
+    def subset(self, questions: Sequence[int] | np.ndarray[Any, Any]) -> DatasetExamples:
+        """Some of the questions, by number."""
+        chosen = object.__new__(DatasetExamples)
+        chosen.__dict__.update(self.__dict__, places=self.places[np.asarray(questions, dtype=np.int64)])
+        return chosen
 
     def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.dataset)
+        """Return the number of questions."""
+        return len(self.places)
 
-    def _row(self, row: int) -> Mapping[str, Any]:
+    def row(self, row: int) -> Mapping[str, Any]:
+        """A row of the dataset, with its pictures as they are stored."""
         try:
-            return self.dataset[row]
+            return self._stored(row)
         except Exception as error:
             raise DatasetError(f"row {row} of the dataset cannot be read: {error}") from error
 
-    def __getitem__(self, row: int) -> Example:
-        """Return one row.
+    def question(self, place: int) -> tuple[Question, Mapping[str, Any]]:
+        """A question, and the row that it comes from."""
+        row, turn = map(int, self.places[place])
+        data = self.row(row)
+        try:
+            return self.format.question_of(data, turn), data
+        except DatasetError as error:
+            raise DatasetError(f"row {row}: {error}") from error
+
+    def __getitem__(self, place: int) -> Example:
+        """Return one question.
 
         Raises:
             DatasetError: It has no picture, or one that does not decode, no prompt, or an answer that is no text.
         """
-        data = dict(self._row(row))
-        pictures = _pictures(data.pop(self.image_column), row)
-        prompt, answer = data.pop("prompt", None), data.pop("answer", None)
-        if answer is not None and (not isinstance(answer, str) or not answer.strip()):
-            raise DatasetError(f"answer of row {row} must be text or None, got {answer!r}")
-        return Example(_conversation(prompt, pictures, row), answer, data)
+        asked, data = self.question(place)
+        try:
+            messages = with_pictures(asked.messages, asked.pictures, self.format.root)
+        except DatasetError as error:
+            raise DatasetError(f"row {int(self.places[place][0])}: {error}") from error
+        columns = {name: data[name] for name in self.format.unused if name in data}
+        return Example(messages, next(iter(asked.answers), None), columns, asked.answers)
 
 
-def _pictures(value: Any, row: int) -> list[Image.Image]:
-    """The pictures of a row, decoded, in RGB."""
-    found = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
-    if not found or any(one is None for one in found):
-        raise DatasetError(f"row {row} has no picture")
-    try:
-        opened = [one if isinstance(one, Image.Image) else Image.open(one) for one in found]
-        return [picture.convert("RGB") for picture in opened]
-    except Exception as error:
-        raise DatasetError(f"a picture of row {row} does not decode: {type(error).__name__}: {error}") from error
+def _numbered(turns: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """[questions, 2] row and turn, from the number of turns of each row."""
+    rows = np.repeat(np.arange(len(turns)), turns)
+    return np.stack([rows, np.arange(len(rows)) - np.repeat(turns.cumsum() - turns, turns)], 1)
 
 
-def _conversation(prompt: Any, pictures: list[Image.Image], row: int) -> list[dict[str, Any]]:
-    """Put the pictures at their placeholders, or in front of the first user message if there are none."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not _is_conversation(messages):
-        raise DatasetError(f"prompt of row {row} must be text or messages with role and content, got {prompt!r}")
-    contents: list[list[dict[str, Any]]] = [
-        [{"type": "text", "text": message["content"]}]
-        if isinstance(message["content"], str)
-        else [{key: value for key, value in part.items() if value is not None} for part in message["content"]]
-        for message in messages
+def with_pictures(messages: list[dict[str, Any]], pictures: list[Picture], root: Path | None) -> list[dict[str, Any]]:
+    """Messages with decoded pictures at their places, or in front of the first user message if it has no place.
+
+    Raises:
+        DatasetError: There is no picture, one does not decode, or there are more or fewer than places.
+    """
+    from trl.data_utils import prepare_multimodal_messages
+
+    filled = [
+        {**one, "content": [_opened(part, root) for part in one["content"]]} if one["role"] != "assistant" else one
+        for one in messages
     ]
-    places = [part for content in contents for part in content if part.get("type") == "image"]
-    if not places:
-        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    parts = [part for one in filled for part in one["content"] if part.get("type") == "image"]
+    if not parts:
+        first = next(i for i, one in enumerate(filled) if one["role"] == "user")
         places = [{"type": "image"} for _ in pictures]
-        contents[first] = [*places, *contents[first]]
-    if len(places) != len(pictures):
-        raise DatasetError(f"row {row} has {len(pictures)} pictures for {len(places)} places in its prompt")
-    for place, picture in zip(places, pictures, strict=True):
-        place["image"] = picture
-    return [{"role": m["role"], "content": content} for m, content in zip(messages, contents, strict=True)]
+        filled[first] = {**filled[first], "content": [*places, *filled[first]["content"]]}
+        parts = places
+    if not parts:
+        raise DatasetError("there is no picture")
+    empty = sum("image" not in part for part in parts)
+    if empty != len(pictures):
+        raise DatasetError(f"there are {len(pictures)} pictures for {empty} places in the prompt")
+    return prepare_multimodal_messages(filled, [open_picture(one, root) for one in pictures])
 
 
-def _is_conversation(messages: Any) -> bool:
-    """Whether `messages` is a non-empty list of messages, at least one of them the user's."""
-    return (
-        isinstance(messages, Sequence)
-        and not isinstance(messages, (str, bytes))
-        and bool(messages)
-        and all(isinstance(m, Mapping) and m.get("content") and "role" in m for m in messages)
-        and any(m["role"] == "user" for m in messages)
-    )
+def _opened(part: dict[str, Any], root: Path | None) -> dict[str, Any]:
+    return {**part, "image": open_picture(part["image"], root)} if "image" in part else part
+
+
+def _stored(dataset: Any) -> Any:
+    """How a row is read as it is stored: pictures of `datasets` stay bytes or paths, wherever in the row they are."""
+    kind = getattr(dataset, "format", None)
+    if kind is None or not hasattr(dataset, "with_format") or kind["type"] == "custom":
+        return dataset.__getitem__
+    from datasets import Features
+
+    arrow, features = dataset.with_format("arrow"), Features(_undecoded(dict(dataset.features)))
+    return lambda row: features.decode_example(arrow[row].to_pylist()[0])
+
+
+def _undecoded(feature: Any) -> Any:
+    """A feature whose pictures, wherever they are in it, stay as they are stored."""
+    from datasets import Image
+
+    if isinstance(feature, Image):
+        return Image(mode=feature.mode, decode=False)
+    if isinstance(feature, Mapping):
+        return {name: _undecoded(one) for name, one in feature.items()}
+    if hasattr(feature, "feature"):  # a list of any kind
+        feature = copy.copy(feature)
+        feature.feature = _undecoded(feature.feature)
+    return feature

@@ -25,6 +25,11 @@ class Encoded:
     features: Any
     taps: dict[str, Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        return sum(tensor.nbytes for tensor in (*self.features, *self.taps.values()))
+
 
 @dataclasses.dataclass(eq=False)
 class Sample:

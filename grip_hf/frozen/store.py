@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from ..config import count_kept
 from ..engine.keepsets import VisualBatch
+from ..errors import DatasetError
 from .data import Examples
-from .lru import ByteCache
 from .samples import Sample, answer_ids, stack_visual
 from .vlm import FrozenVLM
 
@@ -65,15 +66,21 @@ class SampleStore:
         self, vlm: FrozenVLM, examples: Examples, cache_bytes: int = 1 << 30, rows_at_once: int = 128
     ) -> None:
         self.vlm, self.examples, self.rows_at_once = vlm, examples, rows_at_once
-        self._cache = ByteCache[Sample](cache_bytes)
+        self._cache: LRUCache[int, Sample] = LRUCache(cache_bytes, getsizeof=lambda one: one.nbytes)
 
     def samples(self, rows: Sequence[int]) -> list[Sample]:
         """The samples of some rows, in their order; a row may come several times."""
         found = {row: self._cache.get(row) for row in rows}
         missing = [row for row, sample in found.items() if sample is None]
         if missing:
-            fresh = self.vlm.prepare([self.examples[row] for row in missing])
-            found |= {row: self._cache.put(row, one, one.nbytes) for row, one in zip(missing, fresh, strict=True)}
+            try:
+                fresh = self.vlm.prepare([self.examples[row] for row in missing])
+            except DatasetError as error:
+                raise DatasetError(f"among the questions {missing}: {error}") from error
+            for row, one in zip(missing, fresh, strict=True):
+                found[row] = one
+                if one.nbytes <= self._cache.maxsize:
+                    self._cache[row] = one
         return [sample for row in rows if (sample := found[row]) is not None]
 
     def visual(self, rows: Sequence[int], budgets: Tensor) -> VisualBatch:

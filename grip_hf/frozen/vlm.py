@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -19,10 +20,10 @@ from ..config import GripConfig
 from ..engine.context import attach_taps, attached_taps, encoding
 from ..engine.keepsets import VisualBatch
 from ..engine.upstream import ENCODED, check_takes_encoded
+from ..errors import DatasetError
 from ..families.table import find_parts
 from ..patch import apply_grip, remove_grip
-from .data import DatasetError, Example
-from .lru import ByteCache
+from .data import Example
 from .samples import Encoded, Sample, one_row, share_tokens
 
 
@@ -55,7 +56,7 @@ class FrozenVLM:
             raise DatasetError(f"the processor {type(processor).__name__} has no chat template to write prompts with")
         self.model, self.processor = model.eval().requires_grad_(False), processor
         self.max_answer_tokens = max_answer_tokens
-        self._cache = ByteCache[Encoded](cache_bytes)
+        self._cache: LRUCache[str, Encoded] = LRUCache(cache_bytes, getsizeof=lambda one: one.nbytes)
         self._seen: VisualBatch | None = None
         self._keep: Sequence[Tensor] | None = None
         self.attach()
@@ -113,7 +114,9 @@ class FrozenVLM:
             raise DatasetError("an example has no visual token, or only one: there is nothing to choose")
         samples = []
         for row, example in enumerate(examples):
-            answer = self._say(inputs[row], encoded[row]) if example.answer is None else self._tokens(example.answer)
+            answer = (
+                self._say(inputs[row], encoded[row]) if example.answer is None else self.answer_tokens(example.answer)
+            )
             visual = share_tokens(own := one_row(seen, row), encoded[row].features)
             size = own.text.nbytes + own.tokens.nbytes * (visual is own) + 4 * len(answer) * self.vocabulary
             samples.append(Sample(inputs[row], encoded[row], visual, answer, size, example))
@@ -149,11 +152,13 @@ class FrozenVLM:
             return known
         with encoding() as taps:
             output = encoder(**wanted, return_dict=True)  # type: ignore[operator]
-        features = output.pooler_output
-        encoded = Encoded(features, {**attached_taps(output), **taps.joined()})
-        return self._cache.put(key, encoded, sum(tensor.nbytes for tensor in (*features, *encoded.taps.values())))
+        encoded = Encoded(output.pooler_output, {**attached_taps(output), **taps.joined()})
+        if encoded.nbytes <= self._cache.maxsize:
+            self._cache[key] = encoded
+        return encoded
 
-    def _tokens(self, answer: str) -> Tensor:
+    def answer_tokens(self, answer: str) -> Tensor:
+        """[A] long, the tokens of an answer, with the one that ends it; raises `DatasetError` for a picture's."""
         tokenizer = self.processor.tokenizer
         ids = tokenizer(answer, add_special_tokens=False).input_ids
         if set(ids) & set(self.parts.token_ids):

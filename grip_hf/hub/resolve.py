@@ -46,7 +46,7 @@ def resolve(
         config: A `GripConfig`, or None; also what `old_spelling` takes.
         scorer: A scorer, its folder or Hub id, or None.
         selector: The selector's name, a callable, or None.
-        overrides: Settings that override those found.
+        overrides: Settings that override those found; `force=True` takes a scorer of another model, with a warning.
         hub: Where on the Hub to look: `revision`, `token`, ... (see `fetch`).
 
     Raises:
@@ -56,6 +56,7 @@ def resolve(
     """
     overrides = dict(overrides)
     config = overrides.pop(OLD_NAME, config)
+    force = bool(overrides.pop("force", False))
     config, scorer = old_spelling(config, scorer)
     if isinstance(selector, str):
         overrides["selector"] = selector
@@ -66,7 +67,7 @@ def resolve(
     saved: GripConfig | None = None
     if isinstance(scorer, (str, os.PathLike)):
         asked = scorer
-        saved, scorer = _load(_folder(parts, scorer, hub))
+        saved, scorer = _load(_folder(parts, scorer, hub, force))
         if scorer is None and saved is None:
             raise ScorerError(f"{os.fspath(asked)!r} holds no GRIP scorer")
     elif scorer is not None and not isinstance(scorer, nn.Module):
@@ -86,7 +87,7 @@ def resolve(
             f"whose settings were saved with it; the checkpoint of this model ({came_from(parts.owner)!r}) has no "
             "GRIP part"
         )
-    _check_scorer(parts, scorer)
+    check_scorer(parts, scorer, force)
     return _decided(config, saved, scorer, selector, overrides)
 
 
@@ -169,7 +170,7 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _folder(parts: Parts, source: str | os.PathLike[str], hub: dict[str, Any]) -> str:
+def _folder(parts: Parts, source: str | os.PathLike[str], hub: dict[str, Any], force: bool = False) -> str:
     """The folder of a saved scorer: here, or downloaded if its settings fit the model."""
     path = os.fspath(source)
     if os.path.isdir(path):
@@ -178,7 +179,7 @@ def _folder(parts: Parts, source: str | os.PathLike[str], hub: dict[str, Any]) -
         return path if top else part
     if not isinstance(source, str) or not is_repo_id(path):
         raise ScorerError(f"no folder {path!r} to load a grip scorer from, and it is no id of a Hub repository")
-    found = fetch(path, check=lambda folder: _check_settings(parts, read_settings(folder, path)), **hub)
+    found = fetch(path, check=lambda folder: _check_settings(parts, read_settings(folder, path), force), **hub)
     if found is None:
         raise HubError(f"the repository {path!r} holds no GRIP scorer: it has neither {CONFIG_FILE} nor config.json")
     return str(found)
@@ -197,14 +198,23 @@ def _load(folder: str) -> tuple[GripConfig | None, nn.Module | None]:
     return config, GripScorer.from_pretrained(folder)
 
 
-def _check_scorer(parts: Parts, scorer: nn.Module | None) -> None:
-    """Refuse a scorer made for embeddings of another width, or for another kind of model."""
+def check_scorer(parts: Parts, scorer: nn.Module | None, force: bool = False) -> None:
+    """Refuse a scorer made for embeddings of another width, for another kind of model, or for another model.
+
+    Args:
+        parts: The model.
+        scorer: The scorer, or None.
+        force: Warn of another model of the same kind and width instead, such as one that was tuned further.
+
+    Raises:
+        ScorerError: It is made for another model.
+    """
     if scorer is not None:
         config = getattr(scorer, "config", None)
-        _check_settings(parts, {name: getattr(config, name, None) for name in ("hidden_size", "base_model")})
+        _check_settings(parts, {name: getattr(config, name, None) for name in ("hidden_size", "base_model")}, force)
 
 
-def _check_settings(parts: Parts, settings: Mapping[str, Any]) -> None:
+def _check_settings(parts: Parts, settings: Mapping[str, Any], force: bool = False) -> None:
     """The same from what `config.json` of a scorer says, before its weights are downloaded; {} is no scorer."""
     if not settings:
         return
@@ -223,3 +233,11 @@ def _check_settings(parts: Parts, settings: Mapping[str, Any]) -> None:
             f"this scorer is made for {base.get('id') or 'a model'} ({', '.join(f'{n} {base[n]!r}' for n in wrong)}), "
             f"but {owner} has {', '.join(f'{n} {mine[n]!r}' for n in wrong)}"
         )
+    if base.get("id") and mine["id"] and base["id"] != mine["id"]:
+        apart = f"this scorer was trained for {base['id']!r}, and this model is {mine['id']!r}"
+        if not force:
+            raise ScorerError(
+                f"{apart}, whose visual tokens may mean something else: train one for it, or, if it is the same model "
+                "or one tuned from it, say force=True (--force)"
+            )
+        warnings.warn(f"{apart}: taken since force was given", UserWarning, stacklevel=5)

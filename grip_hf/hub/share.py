@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from ..errors import ConfigError, HubError, ScorerError
+from ..files import write_whole
 from .card import PICTURE, Facts, make_card
 from .download import check_kind, foreign_files, hub_errors, read_settings
 from .resolve import describe_base
@@ -33,12 +34,30 @@ def save(handle: Any, directory: str | os.PathLike[str], **card: Any) -> None:
     """
     facts = _facts(handle, card)
     _check_target(handle, Path(directory), os.fspath(directory))
-    path = Path(directory) / CARD
-    old = path.read_text(encoding="utf-8") if path.is_file() else None
     handle.save_part(directory)
-    make_card(handle, facts, old=old).save(path)
+    _write_card(handle, Path(directory), facts)
+
+
+def write_card(handle: Any, directory: str | os.PathLike[str], **card: Any) -> None:
+    """Write the card alone, beside settings and scorer that are there already.
+
+    Args:
+        handle: The `GripHandle` of a model that uses them.
+        directory: Where they are.
+        **card: See `Facts`.
+
+    Raises:
+        ConfigError: See `save`.
+    """
+    _write_card(handle, Path(directory), _facts(handle, card))
+
+
+def _write_card(handle: Any, folder: Path, facts: Facts) -> None:
+    path = folder / CARD
+    old = path.read_text(encoding="utf-8") if path.is_file() else None
+    write_whole(path, make_card(handle, facts, old=old).save)
     if facts.picture is not None:
-        facts.picture.save(path.with_name(PICTURE))
+        write_whole(folder / PICTURE, facts.picture.save)
 
 
 def push(

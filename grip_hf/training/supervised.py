@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "logging_steps": 10,
     "report_to": "none",
+    "ddp_find_unused_parameters": False,  # every weight of a scorer is used in every step
 }
 
 

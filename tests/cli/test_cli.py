@@ -1,6 +1,8 @@
 """The command line, on the shipped pocket model."""
 
 import json
+import subprocess
+import sys
 from importlib import metadata
 
 import pytest
@@ -59,6 +61,34 @@ def test_every_command_has_help():
     for command in ("demo", "bench", "eval", "train"):
         assert command in result.output
         assert runner.invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_help_waits_for_no_model_library():
+    """Each command's help is written without torch, transformers or numpy."""
+    code = """
+import sys
+from typer.testing import CliRunner
+from grip_hf.cli.app import app
+for words in ([], *([name] for name in ("bench", "demo", "doctor", "eval", "pareto", "serve", "train"))):
+    assert CliRunner().invoke(app, [*words, "--help"]).exit_code == 0
+assert not {"torch", "transformers", "numpy", "trl", "datasets"} & set(sys.modules), sorted(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_a_picture_is_whole_or_not_there(tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    picture = tmp_path / "kept.png"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+        words = ["--scenes", "1", "--selectors", "grid", "--budgets", "0.25", "--picture", str(picture)]
+        result = runner.invoke(app, ["demo", *words])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 1 and "cannot be written" in result.output and not list(tmp_path.iterdir())
 
 
 def test_the_version_is_that_of_the_installed_package():

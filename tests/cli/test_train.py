@@ -1,24 +1,25 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from classroom import build_vlm, rows
 from datasets import Dataset
 from typer.testing import CliRunner
 from versions import TRAINING
 
-from grip_hf.cli.train import train as train_command
+from grip_hf.cli.app import app
 from grip_hf.patch import apply_grip
 from grip_hf.scorer.model import GripScorer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_grpo.py"
-SMALL = ["--warmup-steps", "2", "--steps", "2", "--batch", "16", "--generations", "4", "--warmup-batch", "8", "--cpu"]
-SCORER = ["--width", "16", "--save-every", "1"]
+SMALL = ["--warmup-steps", "2", "--steps", "2", "--batch-size", "16", "--num-generations", "4"]
+SMALL += ["--warmup-batch-size", "8", "--device", "cpu"]
+SCORER = ["--width", "16", "--save-steps", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,7 @@ def data_folder(tmp_path_factory):
 
 @pytest.fixture
 def command():
-    app = typer.Typer()
-    app.command()(train_command)
-    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
+    return lambda *args: CliRunner().invoke(app, ["train", *map(str, args)])
 
 
 @TRAINING
@@ -51,14 +50,74 @@ def test_a_model_and_dataset_of_ones_own_without_answers(command, model_folder, 
     table = json.loads((tmp_path / "eval_table.json").read_text())
     assert {"warmup", "grpo", "unpruned", "random"} <= {row["selector"] for row in table["rows"]}
     model, processor = build_vlm()
-    apply_grip(model, scorer=tmp_path, keep_ratio=0.25)
+    apply_grip(model, scorer=tmp_path)  # with the budget that it was saved with
     inputs = processor(images=rows(1)[0]["image"], text="<image>is there any cat", return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
     assert len(model.grip.kept_tokens(out)[0]) == 4
-    # A second run finds everything done and trains nothing.
-    before = (tmp_path / "grpo" / "scorer" / "model.safetensors").stat().st_mtime_ns
-    assert command("--output", tmp_path, *own, *SMALL, *SCORER).exit_code == 0
-    assert (tmp_path / "grpo" / "scorer" / "model.safetensors").stat().st_mtime_ns == before
+    # A second run finds everything done, trains nothing and measures nothing.
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("scorer/*")} | {
+        tmp_path / "eval_table.json": (tmp_path / "eval_table.json").stat().st_mtime_ns
+    }
+    done = command("--output", tmp_path, *own, *SMALL, *SCORER)
+    assert done.exit_code == 0 and "finished, nothing to do" in done.output and "the table is in" in done.output
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    # Other settings are refused: the scorer there was not trained with them.
+    for words, said in (
+        (["--method", "relaxed"], "method is 'grpo' there, 'relaxed' here"),
+        (["--width", "32"], "scorer.width is 16 there, 32 here"),
+    ):
+        done = command("--output", tmp_path, *own, *SMALL, *SCORER, *words)
+        assert done.exit_code == 2 and said in " ".join(done.output.replace("│", " ").split())
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    # The table and the card tell the settings that the scorer was trained with, and that answers were compared.
+    assert table["meta"]["plan"]["scorer"]["width"] == 16 and table["meta"]["metric"].startswith("agreement")
+    card = (tmp_path / "README.md").read_text()
+    assert "| scorer.width | `16` |" in card and "Agreement with the full model in %" in card
+    assert 'apply_grip(model, scorer="path/to/this/folder")' in card and "right answers" not in card.lower()
+    assert [path.parent for path in tmp_path.rglob("README.md")] == [tmp_path], "a card of TRL's is left"
+
+
+def test_a_bad_row_is_named_before_training_and_can_be_left_out(command, model_folder, tmp_path):
+    data = [{"image": f"{i}.png", "question": "is there any cat", "answer": "yes"} for i in range(12)]
+    (tmp_path / "data").mkdir()
+    for i in range(12):
+        rows(24)[2 * i]["image"].save(tmp_path / "data" / f"{i}.png")
+    (tmp_path / "data" / "9.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "rows.json").write_text(json.dumps(data))
+    words = ["--output", tmp_path / "run", "--model", model_folder, "--dataset", tmp_path / "data" / "rows.json"]
+    words += [*SMALL, *SCORER, "--eval-examples", "2"]
+    done = command(*words)
+    said = " ".join(done.output.replace("│", " ").split())
+    assert done.exit_code == 2 and "1 of 12 rows cannot be used: row 9" in said and "--on-bad-row skip" in said
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
+    done = command(*words, "--on-bad-row", "skip")
+    assert done.exit_code == 0, done.output
+    assert (
+        "1 of 12 rows are left out: row 9" in done.output and "questions: 'question'; answers: 'answer'" in done.output
+    )
+    assert list(json.loads((tmp_path / "run" / "bad_rows.json").read_text())) == ["9"]
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["plan"]["questions"] == 9
+
+
+def test_options_of_trl_reach_it(command, model_folder, tmp_path):
+    words = ["--pocket", "--pocket-model", model_folder, "--examples", "18", "--eval-examples", "0", *SMALL, *SCORER]
+    done = command("--output", tmp_path, *words, "--gradient_accumulation_steps", "2", "--top-entropy-quantile", "0.5")
+    assert done.exit_code == 0, done.output
+    plan = json.loads((tmp_path / "plan.json").read_text())["plan"]
+    assert plan["args"]["gradient_accumulation_steps"] == 2 and plan["args"]["top_entropy_quantile"] == 0.5
+    saved = torch.load(tmp_path / "grpo" / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert saved.gradient_accumulation_steps == 2
+
+
+def test_a_dry_run_measures_and_leaves_nothing(command, model_folder, tmp_path):
+    words = ["--pocket", "--pocket-model", model_folder, "--examples", "18", "--eval-examples", "0", *SMALL, *SCORER]
+    done = command("--output", tmp_path / "run", *words, "--warmup-steps", "3000", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "18 questions to train on, 0 held out" in done.output and not (tmp_path / "run").exists()
+    each = float(re.search(r"warmup: 3000 steps of ([\d.]+) s \(the mean of 3", done.output)[1])
+    total, unit = re.search(r"about ([\d.]+) (hours|minutes) in all", done.output).groups()
+    seconds = float(total) * {"hours": 3600, "minutes": 60}[unit]
+    assert 3000 * (each - 0.01) - 360 <= seconds <= 3000 * (each + 0.01) + 400
 
 
 @TRAINING
@@ -81,10 +140,15 @@ def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
         (["--pocket", "--reward-weights", "1"], "needs 2 numbers"),
         (["--pocket", "--method", "magic"], "method must be one of"),
         (["--pocket", "--pocket-model", "/nowhere"], "cannot load the model"),
-        (["--model", "{model}", "--dataset", "/nowhere"], "cannot load the split"),
+        (["--model", "{model}", "--dataset", "/nowhere"], "cannot load the dataset"),
         (["--model", "{model}", "--dataset", "{data}", "--eval-examples", "12"], "too few to hold out 12"),
         (["--pocket", "--generations", "1"], "2"),
         (["--pocket", "--quantize", "4bit"], "go with --model"),
+        (["--pocket", "--colour", "red"], "unrecognized arguments: --colour red"),
+        (["--pocket", "--max_steps", "3"], "--max_steps: this command sets it"),
+        (["--pocket", "--metric", "bleu"], "metric must be one of"),
+        (["--pocket", "--keep-ratio", "0"], "keep_ratio must be a number in (0, 1]"),
+        (["--model", "{model}", "--dataset", "{data}", "--split", "test", "--cpu"], "too few to hold out 450"),
         (
             ["--model", "{model}", "--dataset", "{data}", "--quantize", "3bit", "--eval-examples", "0"],
             "must be 4bit or 8bit, got '3bit'",
@@ -114,12 +178,13 @@ def test_bad_arguments(command, model_folder, data_folder, tmp_path, args, messa
 def test_an_output_that_is_no_folder(command, tmp_path):
     (tmp_path / "file").write_text("mine")
     done = command("--output", tmp_path / "file", "--pocket", "--cpu", "--eval-examples", "0")
-    assert done.exit_code == 2 and "warmup cannot be set up" in " ".join(done.output.replace("│", " ").split())
+    assert done.exit_code == 1 and f"the folder {tmp_path / 'file'} cannot be made" in done.output
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def run_script(args, processes=1, **env):
-    launch = [sys.executable] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
+    several = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launch = [sys.executable, *(several if processes > 1 else [])]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", **env}
     env["PYTHONPATH"] = str(EXAMPLE.parents[1])
     done = subprocess.run([*launch, *args], env=env, capture_output=True, text=True, check=False)

@@ -46,12 +46,12 @@ def test_accuracy_equals_greedy_generation_through_the_patch(monkeypatch):
     """For each selector and budget: patch, generate, compare texts."""
     data = own_answers(12)
     monkeypatch.setattr(
-        "grip_hf.frozen.vlm.FrozenVLM._tokens",
+        "grip_hf.frozen.vlm.FrozenVLM.answer_tokens",
         lambda self, answer: torch.tensor(self.processor.tokenizer(answer, add_special_tokens=False).input_ids),
     )
     names = ("cls_attention", "similarity", "grid")
     selectors = {name: get_selector(name) for name in names}
-    found = evaluate(*build_vlm(), DatasetExamples(data), selectors, RATIOS, batch_size=5, progress=False)
+    found = evaluate(*build_vlm(), DatasetExamples(data), selectors, RATIOS, batch_size=5, progress=False).rows
     table = {(row["selector"], row["budget"], row["task"]): row for row in found}
     assert table["unpruned", 1.0, "even"]["n"] == 6
     assert 0 < table["unpruned", 1.0, "mean"]["accuracy"] < 1
@@ -149,7 +149,9 @@ def test_every_selector_answers_as_the_patched_model_does(name, pocket, monkeypa
 def test_downsampling_answers_as_the_model_does_with_smaller_pictures(pocket):
     """Per question: the picture shrunk by hand, one forward pass per token."""
     model, processor, examples = pocket
-    found = evaluate(model, processor, examples, {"small": Downsampling()}, [0.5, 0.05], batch_size=4, progress=False)
+    found = evaluate(
+        model, processor, examples, {"small": Downsampling()}, [0.5, 0.05], batch_size=4, progress=False
+    ).rows
     rows = {(row["budget"], row["task"]): row["accuracy"] for row in found if row["selector"] == "small"}
     for ratio, side in ((0.5, 8), (0.05, 2)):  # 72 and 7 of 144 tokens
         right = {}
@@ -175,8 +177,10 @@ def test_several_trainings_are_averaged():
     data, ratios = DatasetExamples(own_answers(12)), [0.5, 0.2]
     trainings = [get_selector("random", seed=seed) for seed in range(3)]
     apart = {str(seed): one for seed, one in enumerate(trainings)}
-    single = evaluate(*build_vlm(), data, apart, ratios, progress=False)
-    found = evaluate(*build_vlm(), data, {"random": trainings, "grid": get_selector("grid")}, ratios, progress=False)
+    single = evaluate(*build_vlm(), data, apart, ratios, progress=False).rows
+    found = evaluate(
+        *build_vlm(), data, {"random": trainings, "grid": get_selector("grid")}, ratios, progress=False
+    ).rows
     rows = {(row["selector"], row["budget"], row["task"]): row for row in found}
     for task in ("even", "odd", "mean"):
         for ratio in ratios:
@@ -254,7 +258,7 @@ def test_the_command_writes_a_table(command, tmp_path):
     assert data["meta"]["examples"] == 18 and data["meta"]["seed"] == 11
     assert {row["selector"] for row in data["rows"]} == {"unpruned", "random", "grid"}
     assert all(set(row) == {"selector", "budget", "task", "accuracy", "n", "ci95"} for row in data["rows"])
-    assert not list(tmp_path.glob("*.new"))
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["table.json"]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +266,7 @@ def test_the_command_writes_a_table(command, tmp_path):
     [
         ([], "either --pocket"),
         (["--pocket", "--model", "x"], "either --pocket"),
-        (["--pocket", "--budgets", "a"], "numbers separated by commas"),
+        (["--pocket", "--budgets", "a"], "numbers of tokens, separated by commas"),
         (["--pocket", "--selectors", "nonsense"], "nonsense"),
         (["--pocket", "--pocket-model", "/nowhere"], "cannot load the model"),
     ],

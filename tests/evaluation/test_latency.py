@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from versions import TRAINING
 
 from grip_hf import apply_grip
-from grip_hf.cli.bench import COLUMNS, bench
+from grip_hf.cli.bench import WIDE, bench
 from grip_hf.errors import ConfigError
 from grip_hf.evaluation import latency
 from grip_hf.evaluation.flops import prefill_flops
@@ -221,16 +221,49 @@ def test_command(tmp_path):
     assert [(row["selector"], row["num_tokens"]) for row in data["rows"]] == [
         ("grip", 4), ("grid", 4), ("grip", 8), ("grid", 8)
     ]  # fmt: skip
-    keys = {key for key, _ in COLUMNS.values()}
+    keys = {column.key for column in WIDE}
     assert all(keys <= row.keys() for row in data["rows"]) and data["setting"]["visual_tokens"] == 16
     assert [row["kept"] for row in data["rows"]] == [4, 4, 8, 8]
     assert data["rows"][0]["flop_ratio"] < data["rows"][2]["flop_ratio"] < 1
-    wrong = CliRunner().invoke(app, ["--num-tokens", "many"])
-    assert wrong.exit_code == 2 and "whole numbers" in wrong.output
+    wrong = CliRunner().invoke(app, ["--budgets", "many"])
+    assert wrong.exit_code == 2 and "keep ratios or numbers of tokens" in " ".join(
+        wrong.output.replace("│", " ").split()
+    )
     wrong = CliRunner().invoke(app, ["--model", "tiny", "--budgets", "1.5"])
     assert wrong.exit_code == 2 and "1.5" in wrong.output
     wrong = CliRunner().invoke(app, ["--model", "tiny", "--json", str(tmp_path / "nowhere" / "bench.json")])
     assert wrong.exit_code == 2 and "there is no folder" in " ".join(wrong.output.replace("│", " ").split())
+
+
+def test_a_model_of_ones_own(tmp_path):
+    """Its processor, its picture, its prompt; its own scorer is "grip", and others have names."""
+    from classroom import TOKENS, build_vlm, make_scorer, picture
+
+    from grip_hf.cli.app import app
+
+    model, processor = build_vlm()
+    apply_grip(model, scorer=make_scorer(), keep_ratio=0.5).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    make_scorer(1).save_pretrained(tmp_path / "scorer")
+    picture(0).save(tmp_path / "a.png")
+    words = ["bench", "--model", tmp_path / "model", "--picture", tmp_path / "a.png", "--prompt", "is there any cat"]
+    words += ["--selectors", f"grip,mine={tmp_path / 'scorer'},grid", "--budgets", "25%,8", "--batch-size", "2"]
+    words += ["--rounds", "1", "--decode-tokens", "1", "--device", "cpu", "--json", tmp_path / "bench.json"]
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+    assert max(map(len, done.output.splitlines())) <= 80
+    data = json.loads((tmp_path / "bench.json").read_text())
+    setting, asked = data["setting"], processor.tokenizer("is there any cat", add_special_tokens=False).input_ids
+    assert (setting["visual_tokens"], setting["batch"], setting["dtype"]) == (TOKENS, 2, "float32")
+    assert len(asked) <= setting["text_tokens"] <= len(asked) + 4
+    assert [(row["selector"], row["num_tokens"]) for row in data["rows"]] == [
+        ("grip", 4), ("mine", 4), ("grid", 4), ("grip", 8), ("mine", 8), ("grid", 8)
+    ]  # fmt: skip
+    layers, heads = model.config.text_config.num_hidden_layers, model.config.text_config.hidden_size
+    kept = setting["text_tokens"] + 4
+    assert data["rows"][0]["cache_bytes"] == 2 * 2 * layers * kept * heads * 4
+    one = Bench(build_vlm()[0], {}, ["grip"], 1)
+    assert one.selectors["grip"].scorer.config.width == 256, "a scorer with random weights has the usual size"
 
 
 @pytest.mark.parametrize(
@@ -238,7 +271,7 @@ def test_command(tmp_path):
     [
         ({"model": "huge"}, "unknown model shape 'huge'; known ones are tiny, pocket, small"),
         ({"selectors": ["nope"]}, "unknown selector 'nope'"),
-        ({"num_tokens": [0]}, "num_tokens must be an integer >= 1, got 0"),
+        ({"budgets": [0]}, "keep_ratio must be a number in .0, 1., got 0"),
         ({"rounds": 0}, "rounds must be an integer >= 1, got 0"),
         ({"batch": True}, "batch must be an integer >= 1, got True"),
         ({"dtype": "float"}, None),
@@ -253,9 +286,9 @@ def test_command(tmp_path):
     ],
 )
 def test_bad_arguments(arguments, message):
-    settings = {"model": "tiny", "rounds": 1, "decode_tokens": 1, "num_tokens": [4], **arguments}
+    settings = {"model": "tiny", "rounds": 1, "decode_tokens": 1, "budgets": [4], **arguments}
     if message is None:
-        assert run_bench(**settings)["setting"]["dtype"] == "float"
+        assert run_bench(**settings)["setting"]["dtype"] == "float32"
         return
     with pytest.raises(ConfigError, match=message):
         run_bench(**settings)

@@ -17,10 +17,10 @@ from transformers import AutoProcessor
 from grip_hf.pocket import make_scene
 
 MODEL, DATASET = "llava-hf/llava-1.5-7b-hf", "your/dataset"
-TRAIN = "--warmup-steps 1 --steps 1 --rows 16 --batch 8 --generations 4 --warmup-batch 4 --width 16 --eval-examples 9"
+TRAIN = "--warmup-steps 1 --steps 1 --examples 16 --batch-size 8 --num-generations 4 --warmup-batch-size 4 --width 16"
 REDUCED = {
     "demo": "--scenes 1 --selectors grip,grid --budgets 0.25",
-    "train": f"{TRAIN} --cpu",
+    "train": f"{TRAIN} --eval-examples 2 --device cpu",
     "eval": "--examples 9",
     "bench": "--model pocket --rounds 1 --decode-tokens 1",
     "pareto": "",
@@ -46,6 +46,8 @@ def why_not(words, program, name):
     """Why a command is not run here; None if it is. A `grip-hf` command is run unless there is a reason."""
     if program in ("pip", "pytest"):
         return "the fixtures install, and pytest is running"
+    if name == "serve":
+        return "runs until it is stopped; tests/test_journey.py asks it"
     if "cuda" in words:
         return "needs a GPU"
     if any(word.endswith(".py") for word in words):
