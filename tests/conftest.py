@@ -6,6 +6,8 @@ import transformers.utils.hub
 from huggingface_hub import constants
 from loopback_hub import WRITER, LoopbackHub
 
+from grip_hf.engine.context import forget_all, innermost
+
 torch.set_num_threads(1)
 
 
@@ -13,6 +15,16 @@ torch.set_num_threads(1)
 def no_grad():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_call_is_left_open():
+    """Whatever a test does to a model, and however its calls end: no call of a patched model stays open."""
+    yield
+    left = innermost()
+    if left is not None:
+        forget_all()
+        pytest.fail(f"a call of a patched model was left open: {left}")
 
 
 @pytest.fixture

@@ -123,6 +123,11 @@ class Generation(CallContext):
     prompt_ids: Tensor | None = None
 
 
+def forget_all() -> None:
+    """Leave all calls of this thread, of whichever model."""
+    _thread.contexts.clear()
+
+
 @contextlib.contextmanager
 def generation(boundary: Boundary, prompt_ids: Tensor | None) -> Iterator[None]:
     """Within the block, calls of a model belong to one `generate` with this prompt."""

@@ -221,7 +221,8 @@ class LayerHook(Hook):
         if not start:
             return None
         cache, state, mask = logical_of(view), states[start], kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 4 and state.columns is not None:
+        windowed = cache.is_sliding[self.source]
+        if mask is not None and mask.ndim == 4 and state.columns is not None and not windowed:
             return args, {**kwargs, "attention_mask": masks.pick_columns(mask, state.columns)}
         hidden = args[0] if args else kwargs["hidden_states"]
         queries = hidden.shape[-2]
