@@ -106,21 +106,15 @@ def push(context: CallContext) -> None:
 
 
 def forget(boundary: Boundary) -> None:
-    """Leave the calls of a model, but for that of `generate`."""
+    """Leave a model's call, within the `generate` that it may be part of, and whatever was entered since."""
     stack = _thread.contexts
-    while stack and stack[-1].boundary is boundary and not isinstance(stack[-1], Generation):
-        stack.pop()
-
-
-@dataclasses.dataclass(eq=False)
-class Generation(CallContext):
-    """The context that `generate` opens; the calls in it come and go.
-
-    Attributes:
-        prompt_ids: [B, P] long, what it was given.
-    """
-
-    prompt_ids: Tensor | None = None
+    first = len(stack)
+    while first and not isinstance(stack[first - 1], Generation):
+        first -= 1
+    for place in range(first, len(stack)):
+        if stack[place].boundary is boundary:
+            del stack[place:]
+            return
 
 
 def forget_all() -> None:

@@ -231,7 +231,8 @@ def test_each_turn_of_a_conversation_ranks_its_own_picture(family, name):
     found = model(**call).logits
     places, named = seen[0]
     ends = [said[1], len(ids) - 1, len(ids) - 1]
-    asking = [[end] if named is None else places[group, named[group]].tolist() for group, end in enumerate(ends)]
+    asking = [[] if named is None else places[group, named[group]].tolist() for group in range(len(ends))]
+    asking = [one or [end] for one, end in zip(asking, ends, strict=True)]  # where no word rates, the last one does
     assert max(asking[0]) <= said[1] and min(asking[1]) > said[-1]
     gone = dropped(plain, inputs, name, pictures, asking)
     held = stays(inputs, gone)
