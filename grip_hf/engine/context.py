@@ -117,6 +117,17 @@ def forget(boundary: Boundary) -> None:
             return
 
 
+@dataclasses.dataclass(eq=False)
+class Generation(CallContext):
+    """The context that `generate` opens; the calls in it come and go.
+
+    Attributes:
+        prompt_ids: [B, P] long, what it was given.
+    """
+
+    prompt_ids: Tensor | None = None
+
+
 def forget_all() -> None:
     """Leave all calls of this thread, of whichever model."""
     _thread.contexts.clear()
