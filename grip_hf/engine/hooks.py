@@ -305,7 +305,8 @@ def _several(given: dict[str, Any]) -> bool:
 
 
 def _refuse_export() -> None:
-    if torch.compiler.is_exporting():
+    # While it compiles, torch 2.11 says that it exports; exporting without Dynamo is what torch does by default.
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         raise GripError(
             "a patched model cannot be exported, since which tokens stay depends on the data: remove_grip(model) first"
         )

@@ -77,6 +77,7 @@ def test_a_model_and_dataset_of_ones_own_without_answers(command, model_folder, 
     assert [path.parent for path in tmp_path.rglob("README.md")] == [tmp_path], "a card of TRL's is left"
 
 
+@TRAINING
 def test_a_bad_row_is_named_before_training_and_can_be_left_out(command, model_folder, tmp_path):
     data = [{"image": f"{i}.png", "question": "is there any cat", "answer": "yes"} for i in range(12)]
     (tmp_path / "data").mkdir()
@@ -99,6 +100,7 @@ def test_a_bad_row_is_named_before_training_and_can_be_left_out(command, model_f
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["plan"]["questions"] == 9
 
 
+@TRAINING
 def test_options_of_trl_reach_it(command, model_folder, tmp_path):
     words = ["--pocket", "--pocket-model", model_folder, "--examples", "18", "--eval-examples", "0", *SMALL, *SCORER]
     done = command("--output", tmp_path, *words, "--gradient_accumulation_steps", "2", "--top-entropy-quantile", "0.5")
@@ -109,6 +111,7 @@ def test_options_of_trl_reach_it(command, model_folder, tmp_path):
     assert saved.gradient_accumulation_steps == 2
 
 
+@TRAINING
 def test_a_dry_run_measures_and_leaves_nothing(command, model_folder, tmp_path):
     words = ["--pocket", "--pocket-model", model_folder, "--examples", "18", "--eval-examples", "0", *SMALL, *SCORER]
     done = command("--output", tmp_path / "run", *words, "--warmup-steps", "3000", "--dry-run")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from versions import TRAINING
 
 import grip_hf.pocket
 from grip_hf.evaluation.downsampling import downsample
@@ -58,6 +59,7 @@ def test_scoring_with_the_answer_fed_in_counts_what_generate_gets_right(pocket2)
     assert sum(asked for _, asked in counts.values()) == len(right)
 
 
+@TRAINING
 def test_smaller_pictures_are_trained_as_they_are_evaluated(pocket2):
     """Training's logits on a smaller picture are those of down-sampling in evaluation."""
     model, processor = pocket2
