@@ -28,6 +28,7 @@ BLOCKS = "tokens of a picture see each other, which flash attention cannot do"
 EMBEDS = "transformers does not generate from embeddings"
 MROPE = "transformers cannot tell its positions without token ids"
 MERGED = "transformers mixes the sequences of a packed row: raises"
+OUTER = "makes the mask of a packed row outside its language model: raises"
 RECURRENT = "the state of its recurrent layers would run on into the next sequence: raises"
 WINDOW = "beyond its sliding window: raises"
 
@@ -52,7 +53,7 @@ UPSTREAM = {
         **same(MROPE, "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
     },
     "packed rows": {
-        **same(MERGED, "gemma3", "gemma4", "molmo2", "paligemma", "paligemma2"),
+        **same(MERGED, "gemma3", "gemma4"),
         **same(RECURRENT, "lfm2_vl", "qwen3_5", "qwen3_5_moe"),
     },
     "logits_to_keep": {"video_llama_3": "transformers ignores it"},
@@ -63,7 +64,8 @@ UPSTREAM = {
 }
 REFUSED = {
     "packed rows": {
-        **same(MERGED, "gemma3", "gemma4", "molmo2", "paligemma", "paligemma2"),
+        **same(MERGED, "gemma3", "gemma4"),
+        **same(OUTER, "molmo2", "paligemma", "paligemma2"),
         **same(RECURRENT, "lfm2_vl", "qwen3_5", "qwen3_5_moe"),
     },
     "drops between layers": {

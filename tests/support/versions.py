@@ -70,6 +70,7 @@ _FAULTS = {
     ],
     "no cache": [("5", "5.18", ("paligemma", "paligemma2"))],
     "static cache": [("5", "5.17", ("gemma3",)), ("5", "5.23", ("gemma4", "molmo2"))],
+    "packed rows": [("5", "5.24", ("molmo2", "paligemma", "paligemma2"))],
     "video": [("5.19", "5.23", ("gemma4",))],  # the number of frames does not reach the tower
 }
 # Faults of the newest release that older ones have not: (before, families).

@@ -163,9 +163,11 @@ def test_fully_sharded(trained, lora, first):
         tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
         pruned = model(**inputs).logits
         plain = remove_grip(model)(**inputs).logits
+    # LoRA's second matrix starts at zero, so that Adam's first steps take the sign of rounding: 7e-5 was seen here.
+    close = {"atol": 3e-4, "rtol": 1e-3} if lora else CLOSE
     for rank in ranks:
         assert rank["sharded"] and torch.equal(rank["tokens"], tokens)
-        torch.testing.assert_close(rank["plain"], plain, **CLOSE)
+        torch.testing.assert_close(rank["plain"], plain, **close)
     assert not torch.allclose(pruned, plain, atol=1e-3)
     if not lora:
         saved = AutoModelForImageTextToText.from_pretrained(folder / name_of(sharded, lora, first) / "saved").train()
