@@ -18,7 +18,7 @@ from .tiny import TINY
 
 # Families that magnify rounding: Gemma4 (in double precision it agrees to 1e-6 too), and linear attention, which
 # always computes in single precision, one way for many tokens and another way for one.
-LOOSE = {"gemma4": 5e-4, "qwen3_5": 2e-4, "qwen3_5_moe": 2e-4}
+LOOSE = {"gemma4": 5e-4, "qwen3_5": 4e-4, "qwen3_5_moe": 4e-4}
 
 
 def assert_close(family: str, ours: Tensor, theirs: Tensor) -> None:

@@ -110,7 +110,7 @@ def test_trl_and_the_plain_trainer_agree_step_by_step(tmp_path, example):
 
 def train(example, folder, rows=8, grip=(), settings=(), **model):
     args = trl.SFTConfig(str(folder), seed=7, **{**SETTINGS, **dict(settings)})
-    chosen = example.GripArguments(keep_ratio=0.11, rows=rows, **{"selector": "random", **dict(grip)})
+    chosen = example.GripArguments(keep_ratio=0.11, examples=rows, **{"selector": "random", **dict(grip)})
     pocket = trl.ModelConfig(model_name_or_path="pocket", use_peft=True, lora_r=4, **model)
     example.main(trl.ScriptArguments(dataset_name="pocket"), args, pocket, chosen)
 
