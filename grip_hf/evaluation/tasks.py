@@ -26,7 +26,7 @@ BASELINES = ("random", "grid", "cls_attention", "similarity", "diversity")
 
 
 def pocket_examples(examples: int, seed: int = 0, testbed: str = POCKET.name) -> PocketExamples:
-    """Held-out questions about pocket scenes that nothing was trained on, every family equally often.
+    """Held-out questions about pocket scenes that nothing was trained on, every kind equally often.
 
     Args:
         examples: Number of questions.

@@ -20,7 +20,7 @@ from grip_hf.pocket.testbeds import POCKET, TESTBEDS
 def accuracies(
     trainer: PocketTrainer, scenes: int, seed: int = 0, styles: Sequence[str] = STYLES[:2]
 ) -> dict[str, dict[str, float]]:
-    """Accuracy of the unpruned model, number of questions and chance level, per family, on held-out scenes.
+    """Accuracy of the unpruned model, number of questions and chance level, per kind, on held-out scenes.
 
     Args:
         trainer: Holds the model.
@@ -34,8 +34,8 @@ def accuracies(
     counts = score(trainer, [make_scene(seed + i, "test", tuple(styles), testbed.name) for i in range(scenes)])
     trainer.train(mode)
     return {
-        family: {"accuracy": right / max(asked, 1), "n": asked, "chance": testbed.chance[family]}
-        for family, (right, asked) in counts.items()
+        kind: {"accuracy": right / max(asked, 1), "n": asked, "chance": testbed.chance[kind]}
+        for kind, (right, asked) in counts.items()
     }
 
 
@@ -52,10 +52,10 @@ def report(
     chosen = tuple(style.strip() for style in styles.split(","))
     rows = accuracies(make_trainer(load_pocket(testbed)[0], testbed), scenes, seed, chosen)
     table = Table(title=f"unpruned LLaVA of {testbed}, {scenes} held-out scenes from seed {seed}, styles {styles}")
-    for column in ("family", "right", "chance", "questions"):
-        table.add_column(column, justify="left" if column == "family" else "right")
-    for family, row in rows.items():
-        table.add_row(family, f"{row['accuracy']:.1%}", f"{row['chance']:.1%}", str(row["n"]))
+    for column in ("kind", "right", "chance", "questions"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for kind, row in rows.items():
+        table.add_row(kind, f"{row['accuracy']:.1%}", f"{row['chance']:.1%}", str(row["n"]))
     Console().print(table)
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=2) + "\n")

@@ -69,7 +69,7 @@ def train(
             if accelerator.is_main_process and (stage != "see" or chosen is POCKET):
                 rows = accuracies(trainer, eval_scenes)
                 (output / f"accuracy_{stage}.json").write_text(json.dumps(rows, indent=2) + "\n")
-                tqdm.write("  ".join(f"{family} {row['accuracy']:.3f}" for family, row in rows.items()))
+                tqdm.write("  ".join(f"{kind} {row['accuracy']:.3f}" for kind, row in rows.items()))
             accelerator.wait_for_everyone()
         first += steps
     if accelerator.is_main_process:

@@ -110,7 +110,7 @@ def test_bad_budgets(budgets):
 
 @pytest.fixture(scope="module")
 def pocket():
-    """The pocket model, its processor, and one question of each family."""
+    """The pocket model, its processor, and one question of each kind."""
     drawn = pocket_examples(9, seed=5)
     return *load_pocket_llava(), [drawn[row] for row in range(9)]
 
@@ -219,7 +219,7 @@ def test_scorers_that_come_with_the_package(name):
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(used.parameters(), scorer.parameters(), strict=True))
 
 
-def test_pocket_examples_ask_every_family_about_unseen_scenes():
+def test_pocket_examples_ask_every_kind_about_unseen_scenes():
     held_out, train = pocket_examples(27, seed=3), PocketExamples(27, seed=3)
     tasks = [held_out[row].columns["task"] for row in range(27)]
     assert len(set(tasks)) == 9 and all(2 <= tasks.count(task) <= 5 for task in set(tasks))

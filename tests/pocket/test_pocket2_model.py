@@ -80,28 +80,28 @@ def test_smaller_pictures_are_trained_as_they_are_evaluated(pocket2):
 
 def test_examples_of_either_testbed():
     rows = PocketExamples(22, seed=3, split="test", testbed="pocket2")
-    assert {rows[row].columns["task"] for row in range(22)} == set(POCKET2.families)
+    assert {rows[row].columns["task"] for row in range(22)} == set(POCKET2.kinds)
     assert rows.look(0)[0].image.size == (256, 256)
     assert max(max(rows[row].columns["evidence"]) for row in range(22)) < 256
 
 
 def stated():
-    """Accuracy in % per family from the README's table of the second testbed."""
+    """Accuracy in % per kind from the README's table of the second testbed."""
     lines = README.read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if re.match(r"\| family +\| presence", line))
+    start = next(i for i, line in enumerate(lines) if re.match(r"\| kind +\| presence", line))
     names, figures = ([cell.strip() for cell in lines[i].strip("|").split("|")] for i in (start, start + 2))
     return {name: float(figure) for name, figure in zip(names[1:], figures[1:], strict=True)}
 
 
-def test_the_readme_states_every_family():
-    assert set(stated()) == set(POCKET2.families)
+def test_the_readme_states_every_kind():
+    assert set(stated()) == set(POCKET2.kinds)
 
 
 @pytest.mark.slow
 def test_it_reaches_what_the_readme_states(pocket2):
     """On 200 other scenes, within four standard errors and one wrong answer."""
     rows = accuracies(make_trainer(pocket2[0], "pocket2"), 200, seed=50_000)
-    for family, percent in stated().items():
-        share, n = percent / 100, rows[family]["n"]
+    for kind, percent in stated().items():
+        share, n = percent / 100, rows[kind]["n"]
         slack = 4 * (share * (1 - share) / n) ** 0.5 + 1 / n
-        assert rows[family]["accuracy"] >= share - slack, (family, rows[family])
+        assert rows[kind]["accuracy"] >= share - slack, (kind, rows[kind])
