@@ -12,7 +12,7 @@ from .loading import ModelChoice, load_examples
 from .screen import JsonFile, budget_list, failures, in_folder, quiet, say, split_list
 
 
-def evaluate(
+def eval_command(
     pocket: options.Pocket = False,
     testbed: options.Testbed = "pocket",
     model: options.Model = None,
@@ -56,7 +56,7 @@ def evaluate(
     from accelerate import PartialState
 
     from ..evaluation.facts import versions
-    from ..evaluation.runner import evaluate as run
+    from ..evaluation.runner import evaluate
     from ..evaluation.tasks import choose, is_scorer, pocket_examples
     from ..frozen.sources import TEST_SPLITS, TRAIN_SPLITS
 
@@ -74,7 +74,7 @@ def evaluate(
         processes = PartialState()
         if left_out and processes.is_main_process:
             say(f"left out, since they cannot work with this model: {', '.join(left_out)}")
-        found = run(
+        found = evaluate(
             loaded, processor, rows, chosen, asked, batch_size,
             processes=processes, metric=metric, max_new_tokens=max_new_tokens,
         )  # fmt: skip

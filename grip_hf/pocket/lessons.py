@@ -143,7 +143,7 @@ def _kept(packed: Packed, keep: float) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def score(trainer: PocketTrainer, scenes: Sequence[Scene], batch: int = 50) -> dict[str, tuple[int, int]]:
+def count_right(trainer: PocketTrainer, scenes: Sequence[Scene], batch: int = 50) -> dict[str, tuple[int, int]]:
     """Right answers and questions per kind, greedy and exact.
 
     Runs with the true answer fed in: all its tokens win their argmax if and only if greedy decoding writes exactly it.

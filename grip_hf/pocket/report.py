@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from grip_hf.pocket.lessons import PocketTrainer, score
+from grip_hf.pocket.lessons import PocketTrainer, count_right
 from grip_hf.pocket.lessons2 import make_trainer
 from grip_hf.pocket.model import load_pocket
 from grip_hf.pocket.scenes import make_scene
@@ -31,7 +31,7 @@ def accuracies(
     mode = trainer.training
     trainer.eval()
     testbed = trainer.testbed
-    counts = score(trainer, [make_scene(seed + i, "test", tuple(styles), testbed.name) for i in range(scenes)])
+    counts = count_right(trainer, [make_scene(seed + i, "test", tuple(styles), testbed.name) for i in range(scenes)])
     trainer.train(mode)
     return {
         kind: {"accuracy": right / max(asked, 1), "n": asked, "chance": testbed.chance[kind]}

@@ -34,7 +34,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / max(total, 1))))
 
 
-def train(
+def train_pocket(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished model.")],
     testbed: Annotated[str, typer.Option(help='Whose model: "pocket" or "pocket2".')] = POCKET.name,
     see_steps: Annotated[int, typer.Option(help="Steps of stage see.")] = 1500,
@@ -152,4 +152,4 @@ class Course:
 
 
 if __name__ == "__main__":
-    typer.run(train)
+    typer.run(train_pocket)

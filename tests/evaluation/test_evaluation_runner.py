@@ -10,7 +10,7 @@ from classroom import TOKENS, build_vlm, make_scorer, rows
 from typer.testing import CliRunner
 from versions import TRAINING
 
-from grip_hf.cli.eval import evaluate as eval_command
+from grip_hf.cli.eval import eval_command
 from grip_hf.config import ConfigError
 from grip_hf.evaluation.downsampling import downsample
 from grip_hf.evaluation.methods import Downsampling, Oracle, Prompts

@@ -15,7 +15,7 @@ from grip_hf.pocket import load_pocket, make_scene
 from grip_hf.pocket.batches import to_lesson
 from grip_hf.pocket.demo import ask_all
 from grip_hf.pocket.examples import PocketExamples
-from grip_hf.pocket.lessons import score
+from grip_hf.pocket.lessons import count_right
 from grip_hf.pocket.lessons2 import make_trainer
 from grip_hf.pocket.report import accuracies
 from grip_hf.pocket.testbeds import POCKET2
@@ -54,7 +54,7 @@ def test_scoring_with_the_answer_fed_in_counts_what_generate_gets_right(pocket2)
     answers = ask_all(model, processor, SCENES)
     questions = [question for scene in SCENES for question in scene.questions]
     right = [a == q.answer for q, a in zip(questions, answers, strict=True)]
-    counts = score(make_trainer(model, "pocket2"), SCENES)
+    counts = count_right(make_trainer(model, "pocket2"), SCENES)
     assert sum(hits for hits, _ in counts.values()) == sum(right) >= 0.9 * len(right)
     assert sum(asked for _, asked in counts.values()) == len(right)
 

@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from grip_hf.pocket import load_pocket_llava, make_scene
 from grip_hf.pocket.batches import to_lesson
 from grip_hf.pocket.demo import ask_all
-from grip_hf.pocket.lessons import PocketTrainer, score
+from grip_hf.pocket.lessons import PocketTrainer, count_right
 from grip_hf.pocket.model import WEIGHTS, build_model
 from grip_hf.pocket.names import LEVEL, TOWER, name_for_all_readers
 from grip_hf.pocket.questions import QUESTION_KINDS
@@ -76,7 +76,7 @@ def test_scoring_with_the_answer_fed_in_counts_what_generate_gets_right(pocket):
     model, processor = pocket
     answers = ask_all(model, processor, SCENES)
     questions = [question for scene in SCENES for question in scene.questions]
-    counts = score(PocketTrainer(model), SCENES)
+    counts = count_right(PocketTrainer(model), SCENES)
     for kind in QUESTION_KINDS:
         mine = [a == q.answer for q, a in zip(questions, answers, strict=True) if q.kind == kind]
         assert counts[kind] == (sum(mine), len(mine)), kind
