@@ -29,6 +29,10 @@ def eval_command(
     examples: Annotated[int, typer.Option(min=1, help="Questions to ask.")] = 2000,
     metric: options.Metric = "exact",
     max_new_tokens: options.NewTokens = 32,
+    calibration: Annotated[
+        bool,
+        typer.Option("--calibration", help="Tell the calibration error too; the logits of answers are kept."),
+    ] = False,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 16,
     device: options.Device = "auto",
@@ -77,6 +81,7 @@ def eval_command(
         found = evaluate(
             loaded, processor, rows, chosen, asked, batch_size,
             processes=processes, metric=metric, max_new_tokens=max_new_tokens,
+            calibration=calibration,
         )  # fmt: skip
         if processes.num_processes > 1:
             processes.destroy_process_group()

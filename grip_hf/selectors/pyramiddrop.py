@@ -30,7 +30,7 @@ class PyramidDropSelector(InsideSelector):
         self.depths = depths
 
     def stages(self, depth: int) -> list[tuple[int, int]]:
-        """Drops at the given depths, each ranked by the layer that comes next; depths that fall together count once."""
+        """Drops at the given depths, each ranked by the layer that comes next; depths that coincide count once."""
         return [(layer, layer) for layer in dict.fromkeys(layer_at(share, depth) for share in self.depths)]
 
     def left(self, totals: Tensor, budgets: Tensor, stage: int, stages: int) -> Tensor:

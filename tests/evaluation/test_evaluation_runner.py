@@ -13,8 +13,9 @@ from versions import TRAINING
 from grip_hf.cli.eval import eval_command
 from grip_hf.config import ConfigError
 from grip_hf.evaluation.downsampling import downsample
-from grip_hf.evaluation.methods import Downsampling, Oracle, Prompts
+from grip_hf.evaluation.methods import Oracle, Prompts
 from grip_hf.evaluation.runner import evaluate
+from grip_hf.evaluation.shrinking import Shrunk
 from grip_hf.evaluation.tasks import SHIPPED, SHIPPED_FOLDER, named_selectors, pocket_examples, shipped_scorer
 from grip_hf.frozen.data import DatasetExamples
 from grip_hf.patch import apply_grip, remove_grip
@@ -123,7 +124,8 @@ def test_every_selector_answers_as_the_patched_model_does(name, pocket, monkeypa
 
     class Watched(Prompts):
         def said(self, inputs):
-            heard.extend(found := super().said(inputs))
+            found = super().said(inputs)
+            heard.extend(found[0])
             return found
 
     def until_end(ids):
@@ -149,9 +151,7 @@ def test_every_selector_answers_as_the_patched_model_does(name, pocket, monkeypa
 def test_downsampling_answers_as_the_model_does_with_smaller_pictures(pocket):
     """Per question: the picture shrunk by hand, one forward pass per token."""
     model, processor, examples = pocket
-    found = evaluate(
-        model, processor, examples, {"small": Downsampling()}, [0.5, 0.05], batch_size=4, progress=False
-    ).rows
+    found = evaluate(model, processor, examples, {"small": Shrunk()}, [0.5, 0.05], batch_size=4, progress=False).rows
     rows = {(row["budget"], row["task"]): row["accuracy"] for row in found if row["selector"] == "small"}
     for ratio, side in ((0.5, 8), (0.05, 2)):  # 72 and 7 of 144 tokens
         right = {}
@@ -196,7 +196,7 @@ def test_selectors_by_name(tmp_path):
     found = named_selectors(["random", f"mine={tmp_path}", "oracle"], seed=7)
     assert list(found) == ["random", "mine", "oracle"] and found["random"].seed == 7
     both = named_selectors([f"mine={tmp_path}+{tmp_path}", "downsampling"], pocket=False)
-    assert len(both["mine"]) == 2 and isinstance(both["downsampling"], Downsampling)
+    assert len(both["mine"]) == 2 and isinstance(both["downsampling"], Shrunk)
     for specs, message in ([["nonsense"], "got 'nonsense'"], [["grid", "grid"], "given twice"], [[], "at least one"]):
         with pytest.raises(ConfigError, match=message):
             named_selectors(specs)
@@ -257,7 +257,8 @@ def test_the_command_writes_a_table(command, tmp_path):
     data = json.loads((tmp_path / "table.json").read_text())
     assert data["meta"]["examples"] == 18 and data["meta"]["seed"] == 11
     assert {row["selector"] for row in data["rows"]} == {"unpruned", "random", "grid"}
-    assert all(set(row) == {"selector", "budget", "task", "accuracy", "n", "ci95"} for row in data["rows"])
+    plain = {"selector", "budget", "task", "accuracy", "n", "ci95"}
+    assert all(set(row) == plain | ({"compute"} if row["task"] == "mean" else set()) for row in data["rows"])
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["table.json"]
 
 
