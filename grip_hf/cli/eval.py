@@ -61,12 +61,12 @@ def eval_command(
 
     from ..evaluation.facts import versions
     from ..evaluation.runner import evaluate
-    from ..evaluation.tasks import choose, is_scorer, pocket_examples
+    from ..evaluation.tasks import choose_selectors, is_scorer, pocket_examples
     from ..frozen.sources import TEST_SPLITS, TRAIN_SPLITS
 
     with failures():
         loaded, processor = choice.load()
-        chosen, left_out = choose(loaded, selectors and split_list(selectors), seed, pocket, force, testbed)
+        chosen, left_out = choose_selectors(loaded, selectors and split_list(selectors), seed, pocket, force, testbed)
         facts: dict[str, Any] = {}
         if pocket:
             rows: Any = pocket_examples(examples, seed, testbed)

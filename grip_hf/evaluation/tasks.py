@@ -87,7 +87,7 @@ def named_selectors(
     return found
 
 
-def choose(
+def choose_selectors(
     model: Any,
     specs: Sequence[str] | None,
     seed: int = 0,

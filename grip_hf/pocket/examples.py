@@ -85,7 +85,7 @@ def oracle_order(scene: Scene, question: Question) -> list[int]:
     return list(dict.fromkeys([*question.evidence, *others, *rest]))
 
 
-def load_pocket(folder: str | Path | None = None, testbed: str = POCKET.name) -> tuple[Any, Any]:
+def load_pocket_model(folder: str | Path | None = None, testbed: str = POCKET.name) -> tuple[Any, Any]:
     """The model that is shipped for a testbed, or another one of its kind from a folder, in float32.
 
     Raises:
