@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import GripError
 from ..families.table import Parts
-from . import upstream
+from . import routing, upstream
 from .arguments import check, decode_arguments, decodes_simply, prune_arguments
 from .budgets import Budget
 from .cache import find, given_back, logical_of, physical, returned, set_states, state_of, states_of
@@ -115,26 +115,22 @@ class Boundary:
         config: Any = self.parts.language_model.config
         return self.parts.owner.training or not upstream.uses_cache(context.arguments or {}, config)
 
-    def before_owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember what tells the answer from the prompt."""
+    def before_owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Remember what tells the answer from the prompt; returns new arguments where a loss counts the experts."""
         _refuse_export()
         given = _bound(self.owner_parameters, args, kwargs)
-        if _several(given) or interrupted():
-            self._enter(given)
+        return self._enter(given) if _several(given) or interrupted() else None
 
     @torch.compiler.disable
-    def _enter(self, given: dict[str, Any]) -> None:
+    def _enter(self, given: dict[str, Any]) -> Any:
         """The part of `before_owner` that a decoding step has not, unless a call was interrupted before it."""
         forget(self)
         if not _several(given):
-            return
-        labels = given.get("labels")
-        if upstream.router_loss(self.parts.owner.config, given) and not self.budget().everything:
-            raise GripError(
-                "cannot prune a call with output_router_logits=True: the router loss would compare the "
-                "mask of all tokens with the router logits of the kept ones; train with output_router_logits=False"
-            )
-        push(CallContext(self, labels=labels))
+            return None
+        routed = upstream.router_loss(self.parts.owner.config, given) and not self.budget().everything
+        mask = routing.own_mask(given, getattr(self.selector, "inside", False)) if routed else None
+        push(CallContext(self, labels=given.get("labels"), router_mask=mask))
+        return None if mask is None else ((), {**given, "attention_mask": mask})
 
     def after_owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forget the call, also after an exception."""
@@ -153,6 +149,8 @@ class Boundary:
         """The part of `before_base` that a decoding step has not; a compiled prefill runs it as it stands."""
         context = innermost()
         if context is None or context.boundary is not self or context.arguments is not None or not interrupted():
+            if not self.budget().everything:
+                routing.refuse_without_owner(self.parts.owner.config, given)
             context = CallContext(self, labels=given.get("labels"), by_base=True)  # called without its owner
             push(context)
         context.arguments, context.gradients = given, torch.is_grad_enabled()
@@ -284,6 +282,8 @@ def _restore(module: nn.Module, kwargs: dict[str, Any], cache: Any, output: Any)
     if cache is None and made is not None:
         upstream.check_new_cache(made, kwargs, module.config, step.kept)
     grown = grow_output(output, step.plan, growths(step, layers), layers is not None)
+    if context.router_mask is not None:
+        routing.mark_dropped(context.router_mask, step)
     cache = made if cache is None else cache
     if cache is None:
         return grown
