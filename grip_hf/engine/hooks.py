@@ -30,6 +30,7 @@ from .growing import grow_output
 from .last import LastCall
 from .layers import LayerDrops, hook_layers
 from .methods import Encode, Generate
+from .question import labels_of
 from .reading import growths, make_step, read, states_after
 
 
@@ -129,7 +130,7 @@ class Boundary:
             return None
         routed = upstream.router_loss(self.parts.owner.config, given) and not self.budget().everything
         mask = routing.own_mask(given, getattr(self.selector, "inside", False)) if routed else None
-        push(CallContext(self, labels=given.get("labels"), router_mask=mask))
+        push(CallContext(self, labels=labels_of(given), router_mask=mask))
         return None if mask is None else ((), {**given, "attention_mask": mask})
 
     def after_owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -151,7 +152,7 @@ class Boundary:
         if context is None or context.boundary is not self or context.arguments is not None or not interrupted():
             if not self.budget().everything:
                 routing.refuse_without_owner(self.parts.owner.config, given)
-            context = CallContext(self, labels=given.get("labels"), by_base=True)  # called without its owner
+            context = CallContext(self, labels=labels_of(given), by_base=True)  # called without its owner
             push(context)
         context.arguments, context.gradients = given, torch.is_grad_enabled()
 

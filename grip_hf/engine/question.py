@@ -11,9 +11,10 @@ by the text of the turn that it comes in, which ends where the next answer begin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,14 @@ def told(owner: object, prompt: Tensor | Sequence[int]) -> Iterator[None]:
         yield
     finally:
         _told.reset(token)
+
+
+def labels_of(given: Mapping[str, Any]) -> Tensor | None:
+    """[B, L] the labels of a call, if it has any; also where each position is given the label of the next one."""
+    labels, shifted = given.get("labels"), given.get("shift_labels")
+    if labels is not None or not isinstance(shifted, Tensor) or shifted.ndim != 2:
+        return labels
+    return torch.nn.functional.pad(shifted[:, :-1], (1, 0), value=IGNORED)
 
 
 def read_question(context: CallContext, visual: Tensor, real: Tensor, first: bool) -> Question:
