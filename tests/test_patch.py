@@ -169,14 +169,6 @@ def test_unknown_arguments_per_token_are_refused(model, inputs):
             model(**inputs, **{name: value})
 
 
-def test_the_router_loss_of_experts_is_refused():
-    model, inputs = build("qwen3_vl_moe"), make_inputs("qwen3_vl_moe", RAGGED)
-    apply_grip(model, keep_ratio=0.5, selector=select_by_content)
-    with pytest.raises(GripError, match="output_router_logits"):
-        model(**inputs, output_router_logits=True)
-    assert model(**inputs, output_router_logits=False).logits.shape[1] == inputs["input_ids"].shape[1]
-
-
 def test_a_mask_of_the_wrong_length(model, inputs):
     apply_grip(model, keep_ratio=0.5, selector=select_by_content)
     with pytest.raises(GripError, match="attention_mask covers 4 positions, expected 39"):

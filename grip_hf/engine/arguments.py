@@ -26,7 +26,6 @@ from .masks import KeyMap, Window
 from .plan import Plan, take, take_last
 
 Form = enum.Enum("Form", ["NONE", "PADDING", "PICKED", "BUILT"])
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def check(call: Call) -> None:
@@ -126,7 +125,7 @@ def attention_masks(step: Step) -> Any:
     if form is Form.BUILT:
         return _built(step, segments)
     if not isinstance(call.mask, dict):
-        return _picked(FULL, call.mask, step)
+        return _picked(upstream.FULL, call.mask, step)
     return {kind: _picked(kind, mask, step) for kind, mask in call.mask.items()}
 
 
@@ -211,9 +210,9 @@ def _built(step: Step, segments: Tensor | None) -> Any:
         keys = KeyMap(keys.index, masks.mask_2d(call.mask, keys) != 0, full=False)
     made = {
         kind: masks.causal_4d(keys, step.kept, _windows(kind, step)[1], own, within, _additive(call))
-        for kind, within in ((FULL, None), (SLIDING, reach))
+        for kind, within in ((upstream.FULL, None), (upstream.SLIDING, reach))
     }
-    return made if getattr(call.config, "layer_types", None) is not None else made[SLIDING]
+    return made if getattr(call.config, "layer_types", None) is not None else made[upstream.SLIDING]
 
 
 def _picked(kind: str, mask: Tensor | None, step: Step) -> Tensor | None:

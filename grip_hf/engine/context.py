@@ -54,6 +54,7 @@ class CallContext:
         layers: What is dropped between layers, if the selector does so.
         gradients: Whether gradients are on, as they are not where the selector is asked.
         by_base: Whether the base model was called without the model around it.
+        router_mask: [B, past + L] the mask that a loss of the experts' router counts by, if there is one.
     """
 
     boundary: Boundary
@@ -65,6 +66,7 @@ class CallContext:
     layers: LayerDrops | None = None
     gradients: bool = False
     by_base: bool = False
+    router_mask: Tensor | None = None
 
 
 class _Thread(threading.local):

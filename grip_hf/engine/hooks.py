@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import GripError
 from ..families.table import Parts
-from . import upstream
+from . import routing, upstream
 from .arguments import check, prune_arguments
 from .cache import find, given_back, logical_of, physical, returned, set_states, state_of, states_of
 from .choice import Score, choose, last_call, make_step
@@ -40,7 +40,7 @@ from .decoding import decode_arguments, decodes_simply
 from .layers import LayerDrops, hook_layers
 from .methods import Encode, Generate
 from .plan import grow_output, growths
-from .reading import read, states_after
+from .reading import labels_of, read, states_after
 
 
 @dataclasses.dataclass(eq=False)
@@ -132,26 +132,22 @@ class Boundary:
         config: Any = self.parts.language_model.config
         return self.parts.owner.training or not upstream.uses_cache(context.arguments or {}, config)
 
-    def before_owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember what tells the answer from the prompt."""
+    def before_owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Remember what tells the answer from the prompt; returns new arguments where a loss counts the experts."""
         _refuse_export()
         given = _bound(self.owner_parameters, args, kwargs)
-        if _several(given) or interrupted():
-            self._enter(given)
+        return self._enter(given) if _several(given) or interrupted() else None
 
     @torch.compiler.disable
-    def _enter(self, given: dict[str, Any]) -> None:
+    def _enter(self, given: dict[str, Any]) -> Any:
         """The part of `before_owner` that a decoding step has not, unless a call was interrupted before it."""
         forget(self)
         if not _several(given):
-            return
-        labels = given.get("labels")
-        if upstream.router_loss(self.parts.owner.config, given) and not self.budget().everything:
-            raise GripError(
-                "cannot prune a call with output_router_logits=True: the router loss would compare the "
-                "mask of all tokens with the router logits of the kept ones; train with output_router_logits=False"
-            )
-        push(CallContext(self, labels=labels))
+            return None
+        routed = upstream.router_loss(self.parts.owner.config, given) and not self.budget().everything
+        mask = routing.own_mask(given, getattr(self.selector, "inside", False)) if routed else None
+        push(CallContext(self, labels=labels_of(given), router_mask=mask))
+        return None if mask is None else ((), {**given, "attention_mask": mask})
 
     def after_owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forget the call, also after an exception."""
@@ -170,7 +166,9 @@ class Boundary:
         """The part of `before_base` that a decoding step has not; a compiled prefill runs it as it stands."""
         context = innermost()
         if context is None or context.boundary is not self or context.arguments is not None or not interrupted():
-            context = CallContext(self, labels=given.get("labels"), by_base=True)  # called without its owner
+            if not self.budget().everything:
+                routing.refuse_without_owner(self.parts.owner.config, given)
+            context = CallContext(self, labels=labels_of(given), by_base=True)  # called without its owner
             push(context)
         context.arguments, context.gradients = given, torch.is_grad_enabled()
 
@@ -304,6 +302,8 @@ def _restore(module: nn.Module, kwargs: dict[str, Any], cache: Any, output: Any)
     later = None if layers is None else layers.plans
     total = step.call.past_logical + step.plan.length
     grown = grow_output(output, step.plan, growths(step.plan, step.keys, total, later or {}), later is not None)
+    if context.router_mask is not None:
+        routing.mark_dropped(context.router_mask, step)
     cache = made if cache is None else cache
     if cache is None:
         return grown

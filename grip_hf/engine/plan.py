@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GripError
+from . import upstream
 from .masks import KeyMap
 
 
@@ -119,6 +120,10 @@ class Growth:
         """Hidden states [..., B, L, D] from [..., B, K, D]; a dropped position has those of the kept one before it."""
         return expand(hidden, self.source, -2)
 
+    def flat(self, logits: Tensor) -> Tensor:
+        """Router logits [B * L, E] from [B * K, E]."""
+        return self.states(logits.view(-1, self.kept, logits.shape[-1])).flatten(0, 1)
+
     def fits(self, attention: Tensor) -> bool:
         """Whether attention weights are those of a layer that sees all keys."""
         return attention.ndim == 4 and attention.shape[2:] == (self.kept, self.keys.index.shape[1])
@@ -176,6 +181,9 @@ def grow_output(output: Any, plan: Plan, growths: Mapping[int, Growth | None], b
         output["last_hidden_state"] = _states(output["last_hidden_state"], entered)
         if output.get("hidden_states") is not None:
             output["hidden_states"] = _states(output["hidden_states"], entered)
+        if _recorded(output, upstream.ROUTER_LOGITS):
+            routed = output[upstream.ROUTER_LOGITS]
+            output[upstream.ROUTER_LOGITS] = type(routed)(entered.flat(one) for one in routed)
     elif (entering := growths.get(0)) is not None and _recorded(output, "hidden_states"):
         # What entered the first layer is recorded as that layer got it.
         incoming, *later = output["hidden_states"]

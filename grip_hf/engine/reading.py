@@ -149,11 +149,33 @@ def refuse_mixed_rows(call: Call) -> None:
     positions = call.positions
     if call.mask is None or positions is None or positions.ndim != 2 or call.cache is not None:
         return
-    if not upstream.uses_cache(call.arguments, call.config) and upstream.packed_segments(positions) is not None:
+    segments = None if upstream.uses_cache(call.arguments, call.config) else upstream.packed_segments(positions)
+    if segments is not None and not _keeps_apart(call.mask, segments, upstream.sliding_window(call.config)):
         raise GripError(
             "cannot prune a packed batch of this model: its own attention mask does not keep the sequences of a row "
             "apart; use a padded batch"
         )
+
+
+def _keeps_apart(given: Any, segments: Tensor, reach: int | None) -> bool:
+    """Whether prepared masks are right for packed rows, of which `segments` [B, L] has the number of each token.
+
+    They are not if a token sees another sequence, or if sliding layers see something else of their window than full
+    ones do: in transformers 5.24, pictures of Gemma 3 see each other at the places that they have in the first one.
+    """
+    kinds = given if isinstance(given, dict) else {upstream.FULL: given}
+    square = (segments.shape[1],) * 2
+    if not all(isinstance(one, Tensor) and one.ndim == 4 and one.shape[2:] == square for one in kinds.values()):
+        return False
+    seen = {kind: one if one.dtype == torch.bool else one == 0 for kind, one in kinds.items()}
+    apart = segments[:, None, :, None] != segments[:, None, None]
+    if any(bool((one & apart).any()) for one in seen.values()):
+        return False
+    if reach is None or not {upstream.FULL, upstream.SLIDING} <= set(seen):
+        return True
+    slots = torch.arange(segments.shape[1], device=segments.device)
+    near = (slots[:, None] - slots).abs() < reach
+    return not bool(((seen[upstream.FULL] != seen[upstream.SLIDING]) & near).any())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +189,14 @@ class Question:
 
     text: Tensor
     turn: Tensor
+
+
+def labels_of(given: Mapping[str, Any]) -> Tensor | None:
+    """[B, L] the labels of a call, if it has any; also where each position is given the label of the next one."""
+    labels, shifted = given.get("labels"), given.get("shift_labels")
+    if labels is not None or not isinstance(shifted, Tensor) or shifted.ndim != 2:
+        return labels
+    return torch.nn.functional.pad(shifted[:, :-1], (1, 0), value=IGNORED)
 
 
 def read_question(context: CallContext, visual: Tensor, real: Tensor, first: bool) -> Question:
