@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, nn
 
 from .config import GripConfig
-from .engine.budgets import Budget, current, open_elsewhere, override
 from .engine.cache import returned, state_of
+from .engine.call import LastCall
 from .engine.choice import Score
-from .engine.context import last_of
+from .engine.context import Budget, last_of, override, told
 from .engine.hooks import Boundary, patch_of
-from .engine.last import LastCall
 from .engine.layers import check_layers
-from .engine.question import told
 from .engine.upstream import check_language_model, is_untested
 from .errors import CacheError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
-from .hub.checkpoint import CONFIG_FILE, SaveBesideAdapter, SaveWithGrip
+from .hub.adapter_part import AdapterPart, part_of, warn_if_it_differs
+from .hub.adapters import AdapterFiles
+from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
 from .hub.resolve import describe_base, resolve
 
 if TYPE_CHECKING:
@@ -52,24 +52,14 @@ class GripHandle:
         self.scorer = scorer
         self._parts = parts
         compact = config.position_ids == "compact"
-        self._boundary = Boundary(parts, selector, config.scope == "image", compact, self._budget, key=self)
-        self._savers = (SaveWithGrip(self), SaveBesideAdapter(self))
+        usual = Budget(config.keep_ratio, config.num_tokens)
+        self._boundary = Boundary(parts, selector, config.scope == "image", compact, usual, key=self)
+        self._savers = (SaveWithGrip(self), AdapterFiles(self))
+        self.adapters: dict[str, AdapterPart] = {}
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
         return f"GripHandle({type(self._parts.owner).__name__}, {self.config}{note})"
-
-    def _budget(self) -> Budget:
-        budget, leader = current(self), self._boundary.leader
-        if budget is None and leader is not None:
-            return leader._budget()
-        if budget is None and open_elsewhere(self):
-            self._boundary.warn_once(
-                "a budget(...) or disabled() block is open in another thread and does not hold in this one. A thread "
-                "that was started inside the block takes it along by its context: "
-                "Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)"
-            )
-        return budget or Budget(self.config.keep_ratio, self.config.num_tokens)
 
     def budget(
         self, keep_ratio: float | Sequence[float] | None = None, num_tokens: int | Sequence[int] | None = None
@@ -108,7 +98,7 @@ class GripHandle:
         Args:
             leader: The handle of that model, such as the policy of which this is the reference.
         """
-        self._boundary.leader = leader
+        self._boundary.leader = leader._boundary
 
     @property
     def last(self) -> LastCall | None:
@@ -209,11 +199,12 @@ def apply_grip(
     Only hooks on this model object are added; its class, weights and signature stay as they are. Applying again
     replaces the patch.
 
-    Who chooses the tokens: the `selector`, where one is named; else the `scorer`, or the one that came with the
-    checkpoint of the model; else `cdpruner`, which is logged and told by `repr(model.grip)`. It is the method with the
-    best mean over the budgets in the table of `grip_hf/evaluation/README.md` of the published ones that need no
-    training, prune before the language model, and need nothing of the vision tower, so that it works with every
-    family. It is never taken in place of a scorer that was asked for.
+    Who chooses the tokens: the `selector`, where one is named; else the `scorer`, or what the active adapter was
+    trained with, or the scorer that came with the checkpoint of the model; else `cdpruner`, which is logged and told
+    by `repr(model.grip)`. It is the method with the best mean over the budgets in the table of
+    `grip_hf/evaluation/README.md` of the published ones that need no training, prune before the language model, and
+    need nothing of the vision tower, so that it works with every family. It is never taken in place of a scorer that
+    was asked for.
 
     Args:
         model: A transformers vision-language model for conditional generation, also one wrapped by PEFT.
@@ -239,7 +230,8 @@ def apply_grip(
     """
     parts = _whole(find_parts(model))
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    asked = resolve(parts, config, scorer, selector, overrides, hub)
+    adapter = part_of(model)
+    asked = resolve(parts, config, scorer, selector, overrides, hub, adapter)
     settings = asked.config
     if settings.position_ids == "compact" and parts.family.mrope:
         raise UnsupportedModelError(
@@ -254,7 +246,9 @@ def apply_grip(
         from .doctor.guard import vouch  # imported late: only then are tiny models needed
 
         vouch(parts.owner.config, prune)
-    _attach(parts, settings, chosen, asked.scorer, asked.note)
+    handle = _attach(parts, settings, chosen, asked.scorer, asked.note)
+    if adapter is not None:
+        warn_if_it_differs(adapter, handle)
     return model
 
 
@@ -266,6 +260,7 @@ def prune(model: nn.Module, selector: Score, keep_ratio: float) -> GripHandle:
 def _attach(parts: Parts, config: GripConfig, selector: Score, scorer: nn.Module | None, note: str = "") -> GripHandle:
     """Put the patch on the model, in the place of an earlier one."""
     handle = GripHandle(parts, config, selector, scorer)
+    handle.adapters.update(getattr(vars(parts.owner).get("grip"), "adapters", {}))
     hooks = list(_prepare(selector, parts))
     # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.
     remove_grip(parts.owner)
