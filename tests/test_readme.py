@@ -30,7 +30,7 @@ from grip_hf.selectors import SELECTORS
 TEXT = everything()
 PAGES = {path.parent.name: path.read_text(encoding="utf-8") for path in READMES}
 OURS = {name: cls for name, cls in SELECTORS.items() if cls.__module__.startswith("grip_hf.")}  # tests register more
-TRAINERS = {"grip_hf.pocket.train": "train", "grip_hf.pocket.report": "report"}  # modules with a typer command
+TRAINERS = {"grip_hf.pocket.train": "train_pocket", "grip_hf.pocket.report": "report"}  # modules with a typer command
 TRL_CONFIGS = (GRPOConfig, ModelConfig, ScriptArguments, SFTConfig)  # what TrlParser takes besides a script's own
 FOREIGN = ("lmms_eval", "vllm")  # other projects' programs: their arguments are theirs to check
 

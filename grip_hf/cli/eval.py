@@ -12,7 +12,7 @@ from .loading import ModelChoice, load_examples
 from .screen import JsonFile, budget_list, failures, in_folder, quiet, say, split_list
 
 
-def evaluate(
+def eval_command(
     pocket: options.Pocket = False,
     testbed: options.Testbed = "pocket",
     model: options.Model = None,
@@ -29,6 +29,10 @@ def evaluate(
     examples: Annotated[int, typer.Option(min=1, help="Questions to ask.")] = 2000,
     metric: options.Metric = "exact",
     max_new_tokens: options.NewTokens = 32,
+    calibration: Annotated[
+        bool,
+        typer.Option("--calibration", help="Tell the calibration error too; the logits of answers are kept."),
+    ] = False,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 16,
     device: options.Device = "auto",
@@ -56,13 +60,13 @@ def evaluate(
     from accelerate import PartialState
 
     from ..evaluation.facts import versions
-    from ..evaluation.runner import evaluate as run
-    from ..evaluation.tasks import choose, is_scorer, pocket_examples
+    from ..evaluation.runner import evaluate
+    from ..evaluation.tasks import choose_selectors, is_scorer, pocket_examples
     from ..frozen.sources import TEST_SPLITS, TRAIN_SPLITS
 
     with failures():
         loaded, processor = choice.load()
-        chosen, left_out = choose(loaded, selectors and split_list(selectors), seed, pocket, force, testbed)
+        chosen, left_out = choose_selectors(loaded, selectors and split_list(selectors), seed, pocket, force, testbed)
         facts: dict[str, Any] = {}
         if pocket:
             rows: Any = pocket_examples(examples, seed, testbed)
@@ -74,9 +78,10 @@ def evaluate(
         processes = PartialState()
         if left_out and processes.is_main_process:
             say(f"left out, since they cannot work with this model: {', '.join(left_out)}")
-        found = run(
+        found = evaluate(
             loaded, processor, rows, chosen, asked, batch_size,
             processes=processes, metric=metric, max_new_tokens=max_new_tokens,
+            calibration=calibration,
         )  # fmt: skip
         if processes.num_processes > 1:
             processes.destroy_process_group()
