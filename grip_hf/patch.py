@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,10 +30,12 @@ from .hub.resolve import describe_base, resolve
 
 if TYPE_CHECKING:
     from .scorer.model import GripScorer
+    from .tower.drop import TowerDrops
 
 __all__ = ["GripHandle", "apply_grip", "remove_grip"]
 M = TypeVar("M", bound=nn.Module)
 logger = logging.getLogger(__name__)
+_attaching = threading.Lock()
 
 
 class GripHandle:
@@ -54,6 +58,7 @@ class GripHandle:
         compact = config.position_ids == "compact"
         self._boundary = Boundary(parts, selector, config.scope == "image", compact, self._budget, key=self)
         self._savers = (SaveWithGrip(self), SaveBesideAdapter(self))
+        self.tower_selector: Score | None = None
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
@@ -69,10 +74,14 @@ class GripHandle:
                 "that was started inside the block takes it along by its context: "
                 "Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)"
             )
-        return budget or Budget(self.config.keep_ratio, self.config.num_tokens)
+        ratio = self.config.tower_keep_ratio
+        return budget or Budget(self.config.keep_ratio, self.config.num_tokens, tower_keep_ratio=ratio)
 
     def budget(
-        self, keep_ratio: float | Sequence[float] | None = None, num_tokens: int | Sequence[int] | None = None
+        self,
+        keep_ratio: float | Sequence[float] | None = None,
+        num_tokens: int | Sequence[int] | None = None,
+        tower_keep_ratio: float | None = None,
     ) -> AbstractContextManager[None]:
         """Use another budget within a `with` block, in this thread only.
 
@@ -82,11 +91,35 @@ class GripHandle:
         Args:
             keep_ratio: share of the visual tokens to keep, in (0, 1], or one per sample.
             num_tokens: number of visual tokens to keep, >= 1, or one per sample.
+            tower_keep_ratio: share of the vision tower's rows that stay, in (0, 1]; None as it was. More of them stay
+                where the other budget needs more. Given alone, the other budget is as it was.
 
         Raises:
-            ConfigError: Not exactly one budget is given, or it is not allowed.
+            ConfigError: Not exactly one of the first two is given and not the third alone, or it is not allowed.
+            UnsupportedModelError: No rows can be dropped in this vision tower.
         """
-        return override(self, Budget.checked(keep_ratio, num_tokens))
+        now = self._budget()
+        if tower_keep_ratio is not None:
+            if keep_ratio is None and num_tokens is None:
+                keep_ratio, num_tokens = now.keep_ratio, now.num_tokens
+            budget = Budget.checked(keep_ratio, num_tokens, tower_keep_ratio)
+            if budget.drops_rows:
+                with _attaching:
+                    if self._boundary.tower is None:
+                        self._attach_tower(self._tower())
+            return override(self, budget)
+        inherited = dataclasses.replace(Budget.checked(keep_ratio, num_tokens), tower_keep_ratio=now.tower_keep_ratio)
+        return override(self, inherited)
+
+    def _tower(self) -> TowerDrops:
+        """The part of the patch that drops rows within the vision tower; nothing is changed yet."""
+        from .tower.patch import make_tower
+
+        return make_tower(self._boundary, self.config, self.tower_selector)
+
+    def _attach_tower(self, tower: TowerDrops) -> None:
+        self._boundary.tower = tower
+        self._boundary.attach_tower(tower.hooks(), tower.methods())
 
     def prompt(self, prompt: Tensor | Sequence[int]) -> AbstractContextManager[None]:
         """Say which tokens are the prompt within a `with` block, in this thread only: what is kept hangs on it alone.
@@ -198,6 +231,7 @@ def apply_grip(
     *,
     scorer: GripScorer | str | os.PathLike[str] | None = None,
     selector: Score | str | None = None,
+    tower_selector: Score | str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -221,6 +255,8 @@ def apply_grip(
             folder or its Hub id in this place is deprecated.
         scorer: A `GripScorer`, or the folder or Hub id of what `model.grip.save_pretrained` wrote.
         selector: A selector's name, or any callable from `VisualBatch` to scores [G, N]. Overrides the config's.
+        tower_selector: The same for the rows of the vision tower, where `tower_keep_ratio` drops some (see
+            `grip_hf.tower.selectors`).
         revision: Branch, tag or commit of the Hub repository to read.
         token: Access token for the Hub; None takes the stored one.
         cache_dir: Another cache for downloads than the usual one.
@@ -239,6 +275,8 @@ def apply_grip(
     """
     parts = _whole(find_parts(model))
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    if isinstance(tower_selector, str):
+        overrides["tower_selector"] = tower_selector
     asked = resolve(parts, config, scorer, selector, overrides, hub)
     settings = asked.config
     if settings.position_ids == "compact" and parts.family.mrope:
@@ -254,7 +292,7 @@ def apply_grip(
         from .doctor.guard import vouch  # imported late: only then are tiny models needed
 
         vouch(parts.owner.config, prune)
-    _attach(parts, settings, chosen, asked.scorer, asked.note)
+    _attach(parts, settings, chosen, asked.scorer, asked.note, tower_selector if callable(tower_selector) else None)
     return model
 
 
@@ -263,13 +301,24 @@ def prune(model: nn.Module, selector: Score, keep_ratio: float) -> GripHandle:
     return _attach(find_parts(model), GripConfig(keep_ratio=keep_ratio), selector, None)
 
 
-def _attach(parts: Parts, config: GripConfig, selector: Score, scorer: nn.Module | None, note: str = "") -> GripHandle:
+def _attach(
+    parts: Parts,
+    config: GripConfig,
+    selector: Score,
+    scorer: nn.Module | None,
+    note: str = "",
+    tower_selector: Score | None = None,
+) -> GripHandle:
     """Put the patch on the model, in the place of an earlier one."""
     handle = GripHandle(parts, config, selector, scorer)
+    handle.tower_selector = tower_selector
+    tower = None if config.tower_keep_ratio is None else handle._tower()
     hooks = list(_prepare(selector, parts))
     # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.
     remove_grip(parts.owner)
     handle._boundary.attach(hooks)
+    if tower is not None:
+        handle._attach_tower(tower)
     for saver in handle._savers:
         saver.attach()
     if note:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from ..config import check_keep_ratio, check_num_tokens, check_one_budget, count_kept
+from ..config import check_keep_ratio, check_num_tokens, check_one_budget, check_tower_ratio, count_kept
 from ..errors import ConfigError
 
 
@@ -20,20 +21,55 @@ class Budget:
     Attributes:
         keep_ratio: a ratio in (0, 1], or a tuple with one per sample.
         num_tokens: a count >= 1, or a tuple with one per sample.
-        everything: True keeps all tokens, whatever the other two say.
+        everything: True keeps all tokens, whatever the others say.
+        tower_keep_ratio: share of the vision tower's rows that stay, in (0, 1]; None for all.
     """
 
     keep_ratio: float | tuple[float, ...] | None = None
     num_tokens: int | tuple[int, ...] | None = None
     everything: bool = False
+    tower_keep_ratio: float | None = None
 
     @classmethod
-    def checked(cls, keep_ratio: Any = None, num_tokens: Any = None) -> Budget:
+    def checked(cls, keep_ratio: Any = None, num_tokens: Any = None, tower_keep_ratio: Any = None) -> Budget:
         """Validate a budget given by a user; raise `ConfigError` if it is not allowed."""
         check_one_budget(keep_ratio, num_tokens)
-        if keep_ratio is not None:
-            return cls(keep_ratio=_each(keep_ratio, check_keep_ratio, "keep_ratio"))
-        return cls(num_tokens=_each(num_tokens, check_num_tokens, "num_tokens"))
+        if tower_keep_ratio is not None:
+            tower_keep_ratio = check_keep_ratio(tower_keep_ratio, "tower_keep_ratio")
+        if keep_ratio is None:
+            return cls(None, _each(num_tokens, check_num_tokens, "num_tokens"), tower_keep_ratio=tower_keep_ratio)
+        ratio = _each(keep_ratio, check_keep_ratio, "keep_ratio")
+        check_tower_ratio(tower_keep_ratio, max(ratio) if isinstance(ratio, tuple) else ratio)
+        return cls(ratio, tower_keep_ratio=tower_keep_ratio)
+
+    @property
+    def drops_rows(self) -> bool:
+        """Whether rows leave the vision tower."""
+        share = self._share
+        return share is not None and share < 1
+
+    @property
+    def _share(self) -> float | None:
+        """Share of the tower's rows that stay: what was asked for, and what the language model's budget needs."""
+        if self.everything or self.tower_keep_ratio is None or self.keep_ratio is None:
+            return None if self.everything else self.tower_keep_ratio
+        needed = self.keep_ratio
+        return max(self.tower_keep_ratio, max(needed) if isinstance(needed, tuple) else needed)
+
+    def rows(self, totals: list[int], shared: bool) -> list[int]:
+        """Groups of rows to keep in the vision tower, as many at least as the language model's budget may ask for.
+
+        Args:
+            totals: Groups of each picture.
+            shared: Whether all of them belong to one sample, whose budget they share.
+        """
+        share, most = self._share, self.most
+        if share is None:
+            return totals
+        if most is not None and shared:
+            share, most = max(share, min(1.0, most / max(sum(totals), 1))), None
+        # Rounded up, so that what several pictures keep together is never less than their sample's budget.
+        return [min(total, max(math.ceil(share * total - 1e-9), most or 0)) for total in totals]
 
     def counts(self, totals: list[int], rows: list[int], batch: int, repeated: Callable[[int], bool]) -> list[int]:
         """Tokens to keep per group.

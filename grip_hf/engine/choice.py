@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..errors import GripError
 from ..families.layouts import Scene
-from . import upstream
 from .call import Call
-from .context import CallContext, attached_taps
+from .context import CallContext, all_taps
 from .grouping import Groups, group_tokens, spread_taps
 from .keepsets import VisualBatch, topk_mask
 from .question import Question, read_question
+from .survivors import PREFIX, survivors
 
 if TYPE_CHECKING:
     from .budgets import Budget
@@ -59,7 +59,8 @@ def choose(context: CallContext, call: Call) -> Choice | None:
     """
     boundary = context.boundary
     budget = boundary.budget()
-    if budget.everything or budget.keep_ratio == 1:
+    alive = survivors(context, call, budget)
+    if (budget.everything or budget.keep_ratio == 1) and alive is None:
         return None
     _refuse_split_picture(call)
     question = read_question(context, call.visual, call.real, first=call.past_logical == 0)
@@ -69,7 +70,10 @@ def choose(context: CallContext, call: Call) -> Choice | None:
     image, positions = family.layout(scene)
     groups = group_tokens(call.visual, _group_key(question, image if boundary.per_image else None))
     wanted = _counts(budget, groups, call)
-    if wanted is None:
+    if alive is not None:  # counted of all tokens, chosen from those that have rows
+        wanted = groups.mask.sum(1) if wanted is None else wanted
+        groups, wanted = groups.within(alive, wanted)
+    elif wanted is None:
         if budget.most is not None:
             boundary.warn_once(
                 f"num_tokens={budget.most} keeps all visual tokens: the largest picture or sample has "
@@ -154,11 +158,7 @@ def _taps(context: CallContext) -> dict[str, Tensor]:
         GripError: It is not known: they were encoded without the patch, or cut into chunks since.
     """
     needs = getattr(context.boundary.selector, "needs", ())
-    encoded = upstream.encoded_outputs(context.arguments or {})
-    taps = context.taps.joined()
-    for output in encoded:
-        for name, tap in attached_taps(output).items():
-            taps[name] = torch.cat([taps[name], tap]) if name in taps else tap
+    taps = {name: tap for name, tap in all_taps(context).items() if not name.startswith(PREFIX)}
     lacking = sorted(set(needs) - set(taps))
     if lacking:
         raise GripError(

@@ -36,6 +36,15 @@ class Groups:
         mask = self.mask.view(*self.mask.shape, *[1] * (picked.ndim - 2))
         return picked.masked_fill(~mask, 0)
 
+    def within(self, some: Tensor, values: Tensor) -> tuple[Groups, Tensor]:
+        """The groups of those tokens that `some` [B, L] bool marks, and the `values` [G] of groups that have any."""
+        marked = self.mask & some[self.row[:, None], self.place]
+        left = marked.any(1)
+        marked, width = marked[left], int(marked.sum(1).max()) if marked.numel() else 0
+        order = marked.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
+        mask = marked.gather(1, order)
+        return Groups(self.row[left], self.place[left].gather(1, order) * mask, mask), values[left]
+
     def place_values(self, values: Tensor, embeds: Tensor, keep: Tensor) -> Tensor:
         """[B, L, D]: `embeds` with `values` [G, N, D] in place of the tokens that `keep` [G, N] marks."""
         result, chosen = embeds.clone(), keep & self.mask

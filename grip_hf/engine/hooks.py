@@ -45,6 +45,7 @@ class Boundary:
         budget: gives the budget of the call at hand.
         key: whose budgets and prompts count.
         leader: whose count too, if another patch is followed.
+        tower: The part of the patch that drops rows within the vision tower, if any.
     """
 
     parts: Parts
@@ -54,6 +55,7 @@ class Boundary:
     budget: Callable[[], Budget]
     key: object
     leader: Any = None
+    tower: Any = None
 
     def __post_init__(self) -> None:
         self.base_parameters = upstream.parameters(self.parts.base)
@@ -87,10 +89,26 @@ class Boundary:
             self._removable += hook_layers(language_model, self.selector)  # type: ignore[arg-type]
         methods: list[Any] = [Generate(owner, self)] if hasattr(type(owner), "generate") else []
         if selector_hooks:
-            methods += [Encode(base, name) for name in upstream.ENCODERS if hasattr(type(base), name)]
+            methods += self._encoders()
         for method in methods:
             method.attach()
         self._removable += methods
+
+    def attach_tower(self, hooks: list[Any], methods: list[Any]) -> None:
+        """Add hooks within the vision tower.
+
+        Args:
+            hooks: Their handles.
+            methods: What stands in for methods of the base model.
+        """
+        methods = [*self._encoders(), *methods]
+        for method in methods:
+            method.attach()
+        self._removable += [*hooks, *methods]
+
+    def _encoders(self) -> list[Any]:
+        base = self.parts.base
+        return [Encode(base, name) for name in upstream.ENCODERS if hasattr(type(base), name)]
 
     def remove(self) -> None:
         """Remove the hooks, those too that copies of modules carried to other places of the model."""

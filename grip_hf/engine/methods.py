@@ -74,7 +74,7 @@ class Encode(InstanceMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode as the model itself does."""
-        with encoding() as taps:
+        with encoding(self.name) as taps:
             output = self.own(*args, **kwargs)
         context = running()
         if context is not None:

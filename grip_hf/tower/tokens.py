@@ -1,0 +1,64 @@
+"""From rows of the vision tower to visual tokens of the language model: which of them lack rows."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.context import collected, encoder, publish
+from ..engine.methods import InstanceMethod
+from ..engine.survivors import tap_of
+from .facts import Rows
+from .places import Places
+
+TILES = "tower.tiles"  # tap [tiles, groups] of what the method that packs them is to lay out
+NEWLINE = "image_newline"
+
+
+def tokens_of(alive: Tensor, places: Places, rows: Rows) -> Tensor:
+    """Which visual tokens have rows, in the order in which the language model gets them.
+
+    Args:
+        alive: [P, G] bool, the groups that have.
+        places: Where they lie.
+        rows: Facts of the tower.
+
+    Returns:
+        [visual tokens] bool.
+    """
+    if rows.packed:
+        order = places.pixels[places.mask][:, 0] // rows.merge**2
+        return torch.empty_like(alive[places.mask]).index_copy(0, order, alive[places.mask])
+    if rows.keep_prefix:
+        alive = torch.nn.functional.pad(alive, (rows.prefix, 0), value=True)
+    return alive.flatten()
+
+
+class Pack(InstanceMethod):
+    """The method that lays out the tokens of a picture's tiles, which lays out the same of what has rows.
+
+    Tokens that are mixed of several are taken for such only if all of them have rows.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Lay out as the model itself does."""
+        output = self.own(*args, **kwargs)
+        tiles = collected(TILES)
+        if tiles is not None:
+            given = self.__signature__.bind(*args, **kwargs)
+            name = next(iter(given.arguments))
+            numbers = [len(one) for one in given.arguments[name]]
+            given.arguments[name] = list(tiles.float()[..., None].split(numbers))
+            if given.arguments.get(NEWLINE) is not None:
+                given.arguments[NEWLINE] = tiles.new_ones(1, dtype=torch.float)
+            laid_out, _ = self.own(*given.args, **given.kwargs)
+            publish(tap_of(encoder()), tiles, lambda: torch.cat(list(laid_out))[:, 0] > 1 - 1e-3)
+        return output
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the model's own method."""
+        return inspect.signature(self.own)
