@@ -31,8 +31,8 @@ def survivors(context: CallContext, call: Call, budget: Budget) -> Tensor | None
     if not found:
         if budget.drops_rows and context.boundary.tower is not None:
             raise GripError(
-                "tower_keep_ratio drops rows of the vision tower, and which of these pictures' were is not known: they "
-                "were encoded before the model was patched, or a prefill was cut into chunks; give pixels, and "
+                "tower_keep_ratio drops rows of the vision tower, and which of these pictures' were is not known: "
+                "they were encoded before the model was patched, or a prefill was cut into chunks; give pixels, and "
                 "prefill_chunk_size=None"
             )
         return None

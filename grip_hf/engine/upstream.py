@@ -33,9 +33,10 @@ ENCODED, ENCODED_SINCE = "mm_encoder_outputs", "5.18"
 # Arguments with which pictures or videos come, and the methods that encode them.
 PICTURES = ("pixel_values", "image_hidden_states")
 ENCODERS = ("get_image_features", "get_video_features")
-# Of vision towers: the pictures' frames, rows and columns of patches; cumulative lengths of packed sequences (the
-# longest of them, `max_seqlen`, is a bound that may stay); attention masks that have no rows to cut.
-GRID, LENGTHS = "grid_thw", ("cu_seqlens",)
+# Of vision towers: the pictures' frames, rows and columns of patches, where they are packed and where they are padded;
+# cumulative lengths of packed sequences (the longest of them, `max_seqlen`, is a bound that may stay); attention masks
+# that have no rows to cut.
+GRID, SHAPES, LENGTHS = "grid_thw", "spatial_shapes", ("cu_seqlens",)
 OPAQUE_MASKS = ("BlockMask",)
 # What a call of the language model must be able to take; all else is passed on or refused.
 NEEDED = ("inputs_embeds", "attention_mask", "position_ids")

@@ -25,7 +25,7 @@ from ..engine.survivors import tap_of
 from ..errors import GripError
 from ..families.towers import real_keys
 from .facts import Tower
-from .places import Places, Plan, choose, cut_lengths, packed_places, square_places
+from .places import Places, Plan, choose, cut_lengths, packed_places, shaped_places, square_places
 from .signals import Signals
 from .tokens import TILES, Pack, tokens_of
 
@@ -170,7 +170,7 @@ class TowerDrops:
         places = self._places(call, hidden, args, kwargs)
         totals = places.mask.sum(1).tolist()
         wanted = call.budget.rows(totals, shared=not self.boundary.per_image and _samples(self.boundary) == 1)
-        alive = places.mask
+        alive = places.tokens
         if wanted != totals:
             counts = torch.tensor(wanted, device=hidden.device)
             scores = self._scores(call, hidden, places, counts)
@@ -184,6 +184,8 @@ class TowerDrops:
 
     def _places(self, call: TowerCall, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Places:
         rows = self.tower.rows
+        if upstream.SHAPES in call.arguments:
+            return shaped_places(call.arguments[upstream.SHAPES], hidden.shape[1], rows.merge, hidden.device)
         if rows.packed:
             return packed_places(call.arguments[upstream.GRID], rows.merge, rows.window, hidden.device)
         given = {**dict(zip(upstream.parameters(self.tower.layers[0]), args, strict=False)), **kwargs}

@@ -13,8 +13,16 @@ from torch import nn
 from ..engine import upstream
 from ..errors import ConfigError, UnsupportedModelError
 from ..families.table import Parts
-from ..families.towers import PREFIX
+from ..families.towers import PREFIX as ATTENDED
 
+# Leading rows that are no patches, by `model_type` of the vision config, of towers that are not packed.
+PREFIX = {
+    **ATTENDED,
+    "janus_vision_model": 0,
+    "ovis2_vision": 0,
+    "qianfan_ocr_vision": 1,
+    "siglip2_vision_model": 0,
+}
 DEPTH = 1 / 3  # where rows leave, as a share of the layers, if nothing is said
 
 
@@ -24,7 +32,7 @@ class Rows:
 
     Attributes:
         module: Name of the tower in the base model.
-        packed: True if pictures lie one after the other as [rows, width], with `cu_seqlens`; else [pictures, rows, width].
+        packed: True if pictures lie one after the other, [rows, width]; else it is [pictures, rows, width].
         prefix: Leading rows that are no patches ([CLS]); they always stay.
         keep_prefix: Whether they are visual tokens of the language model too.
         merge: Patches on a side of the square that makes one visual token; its rows go or stay together.
@@ -64,6 +72,10 @@ class Tower:
 
 def _patches(config: Any, name: str = "vision_tower", **facts: Any) -> Rows:
     return Rows(name, prefix=PREFIX[config.vision_config.model_type], **facts)
+
+
+def _joined(config: Any) -> Rows:
+    return _patches(config, merge=config.vision_config.hidden_stride)
 
 
 def _llava(config: Any) -> Rows:
@@ -114,10 +126,13 @@ ROWS: dict[str, Callable[[Any], Rows]] = {
     "glm_ocr": _packed,
     "idefics3": _idefics,
     "internvl": _shuffled,
+    "janus": lambda config: _patches(config, "vision_model"),
+    "lfm2_vl": _downsampled,
     "llava": _llava,
     "llava_next": _tiled,
     "llava_next_video": _tiled,
     "llava_onevision": _tiled,
+    "ovis2": _joined,
     "paligemma": _patches,
     "qianfan_ocr": _shuffled,
     "qwen2_5_vl": _packed,
@@ -149,8 +164,8 @@ def find_tower(parts: Parts, depth: float | None = None) -> Tower:
     kind = getattr(getattr(config, "vision_config", None), "model_type", None)
     if describe is None or (describe is not _packed and kind not in PREFIX):
         raise UnsupportedModelError(
-            f"tower_keep_ratio needs a vision tower whose rows are known; this {config.model_type!r} model has a tower "
-            f"of type {kind!r}. Known are the model types {', '.join(sorted(ROWS))}, with packed towers of their own "
+            f"tower_keep_ratio needs a vision tower whose rows are known; this {config.model_type!r} model has one of "
+            f"type {kind!r}. Known are the model types {', '.join(sorted(ROWS))}, with packed towers of their own "
             f"or towers of type {', '.join(PREFIX)}"
         )
     rows = describe(config)
@@ -180,10 +195,8 @@ def first_without(depth: float | None, layers: int) -> int:
     Raises:
         ConfigError: There is no such layer, or none before it.
     """
-    if isinstance(depth, Integral):
-        first = int(depth)
-    else:
-        first = max(1, round((DEPTH if depth is None else depth) * layers))
+    share = DEPTH if depth is None else depth
+    first = int(share) if isinstance(share, Integral) else max(1, round(share * layers))
     if not 1 <= first < layers:
         raise ConfigError(
             f"tower_depth must leave at least one of the vision tower's {layers} layers before and one after it, "

@@ -37,8 +37,8 @@ def refuse_selector(selector: Any) -> None:
     name = getattr(selector, "name", None) or type(selector).__name__
     if getattr(selector, "inside", False):
         raise ConfigError(
-            f"selector {name!r} lets all visual tokens into the language model, also those whose rows the vision tower "
-            "dropped; choose another selector, or tower_keep_ratio=None"
+            f"selector {name!r} lets all visual tokens into the language model, those too whose rows the vision "
+            "tower dropped; choose another selector, or tower_keep_ratio=None"
         )
     if needs := getattr(selector, "needs", ()):
         raise ConfigError(

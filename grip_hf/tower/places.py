@@ -24,13 +24,15 @@ class Places:
 
     Attributes:
         rows: [P, G, M] long, the rows of each group, counted over the whole call ([P * S] of a rectangular one).
-        mask: [P, G] bool, False at padding.
+        mask: [P, G] bool, False at padding, which cannot be chosen.
+        tokens: [P, G] bool, the groups that make a visual token; padding of a square picture does.
         positions: [P, G, 2] float, (row, column) of a group's centre in its picture, in [0, 1].
         pixels: [P, G, M] long, the same rows before a tower with windows reordered them.
     """
 
     rows: Tensor
     mask: Tensor
+    tokens: Tensor
     positions: Tensor
     pixels: Tensor
 
@@ -66,10 +68,40 @@ def square_places(
     grid = torch.arange(side * side, device=device).view(across, merge, across, merge)
     within = grid.transpose(1, 2).reshape(across * across, merge * merge) + prefix
     rows = within + length * torch.arange(pictures, device=device)[:, None, None]
-    mask = torch.ones(rows.shape[:2], dtype=torch.bool, device=device)
-    if real is not None:
-        mask = real.flatten()[rows].any(-1)
-    return Places(rows, mask, _centres(across, across, device).expand(pictures, -1, -1), rows)
+    tokens = torch.ones(rows.shape[:2], dtype=torch.bool, device=device)
+    mask = tokens if real is None else real.flatten()[rows].any(-1)
+    return Places(rows, mask, tokens, _centres(across, across, device).expand(pictures, -1, -1), rows)
+
+
+def shaped_places(shapes: Tensor, length: int, merge: int, device: torch.device) -> Places:
+    """Rows of a batch of pictures of any size, padded to one length.
+
+    Args:
+        shapes: [P, 2] rows and columns of patches.
+        length: Rows of a picture, with padding.
+        merge: Patches on a side of a group.
+        device: Where to.
+
+    Raises:
+        GripError: Groups do not divide a picture, or what pads it.
+    """
+    rows, masks, positions = [], [], []
+    for tall, wide in shapes.tolist():
+        if tall % merge or wide % merge or (length - tall * wide) % merge**2:
+            raise GripError(
+                f"cannot drop rows of a picture of {tall} x {wide} patches padded to {length}: {merge} x {merge} do "
+                "not divide it; use tower_keep_ratio=None"
+            )
+        grid = torch.arange(tall * wide, device=device).view(tall // merge, merge, wide // merge, merge)
+        groups = grid.transpose(1, 2).reshape(-1, merge**2)
+        padding = torch.arange(tall * wide, length, device=device).view(-1, merge**2)
+        rows.append(torch.cat([groups, padding]))
+        masks.append(torch.arange(len(rows[-1]), device=device) < len(groups))
+        centres = _centres(tall // merge, wide // merge, device)
+        positions.append(torch.cat([centres, centres.new_zeros(len(padding), 2)]))
+    mask = torch.stack(masks)
+    index = torch.stack(rows) + length * torch.arange(len(rows), device=device)[:, None, None]
+    return Places(index, mask, mask, torch.stack(positions), index)
 
 
 def packed_places(grid: Tensor, merge: int, window: int, device: torch.device) -> Places:
@@ -92,9 +124,8 @@ def packed_places(grid: Tensor, merge: int, window: int, device: torch.device) -
     mask = slots < lengths[:, None]
     group = ((lengths.cumsum(0) - lengths)[:, None] + slots) * mask
     within = torch.arange(merge * merge, device=device)
-    return Places(
-        group[..., None] * merge**2 + within, mask, centres[group], order[group][..., None] * merge**2 + within
-    )
+    pixels = order[group][..., None] * merge**2 + within
+    return Places(group[..., None] * merge**2 + within, mask, mask, centres[group], pixels)
 
 
 def _centres(rows: int, columns: int, device: torch.device) -> Tensor:
@@ -160,7 +191,7 @@ def choose(scores: Tensor, places: Places, counts: Tensor, length: int, packed: 
         rank = (2 * alive.byte() + (~places.mask).byte()).gather(1, best)
         order = best.gather(1, rank.argsort(dim=1, descending=True, stable=True))
         taken = torch.zeros_like(alive).scatter(1, order[:, : int(alive.sum(1).max())], True)
-        alive = taken & places.mask
+        alive = taken
     pictures = 1 if packed else len(alive)
     stays = torch.ones(pictures * length, dtype=torch.bool, device=alive.device)
     stays[places.rows[places.mask if packed else torch.ones_like(alive)].flatten()] = False

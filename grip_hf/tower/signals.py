@@ -44,7 +44,9 @@ class Signals:
             GripError: They do not come as pictures or patches.
         """
         given: Tensor = next(iter(self.arguments.values()))
-        if self.rows.packed:
+        if given.ndim == 3:  # patches of pictures that are padded
+            given = given.flatten(0, 1)
+        if given.ndim == 2:
             return given[self.places.pixels].flatten(2)
         if given.ndim != 4:
             raise GripError(f"the vision tower was given {tuple(given.shape)}, which are no pictures [P, 3, H, W]")

@@ -29,12 +29,13 @@ def tokens_of(alive: Tensor, places: Places, rows: Rows) -> Tensor:
     Returns:
         [visual tokens] bool.
     """
-    if rows.packed:
-        order = places.pixels[places.mask][:, 0] // rows.merge**2
-        return torch.empty_like(alive[places.mask]).index_copy(0, order, alive[places.mask])
     if rows.keep_prefix:
-        alive = torch.nn.functional.pad(alive, (rows.prefix, 0), value=True)
-    return alive.flatten()
+        return torch.nn.functional.pad(alive, (rows.prefix, 0), value=True).flatten()
+    left = alive[places.tokens]
+    if not rows.window:
+        return left
+    order = places.pixels[places.tokens][:, 0] // rows.merge**2
+    return torch.empty_like(left).index_copy(0, order, left)
 
 
 class Pack(InstanceMethod):
