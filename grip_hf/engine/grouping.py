@@ -36,6 +36,13 @@ class Groups:
         mask = self.mask.view(*self.mask.shape, *[1] * (picked.ndim - 2))
         return picked.masked_fill(~mask, 0)
 
+    def per_row(self, rows: int) -> list[int]:
+        """How many tokens the groups of each row have."""
+        counts: list[int] = (
+            torch.zeros(rows, dtype=torch.long).index_add(0, self.row.cpu(), self.mask.sum(1).cpu()).tolist()
+        )
+        return counts
+
     def within(self, some: Tensor, values: Tensor) -> tuple[Groups, Tensor]:
         """The groups of those tokens that `some` [B, L] bool marks, and the `values` [G] of groups that have any."""
         marked = self.mask & some[self.row[:, None], self.place]

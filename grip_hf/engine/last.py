@@ -20,6 +20,7 @@ class LastCall:
         kept: per sample, the indices of the visual tokens that stayed among those of the call, rising. A selector that
             drops tokens between layers lets all of them in.
         total: per sample, the number of visual tokens in the call.
+        candidates: per sample, how many of them could stay: those whose rows the vision tower did not drop.
         held: [B, L] bool, the positions that are neither padding nor dropped. At a dropped position the hidden states
             are those of the kept one before it, so leave it out of means over them.
         scores: [groups, tokens] float32 of the selector, 0 at padding; None if it was not asked.
@@ -28,6 +29,7 @@ class LastCall:
 
     kept: list[Tensor]
     total: list[int]
+    candidates: list[int]
     held: Tensor
     scores: Tensor | None
     milliseconds: float
@@ -36,9 +38,11 @@ class LastCall:
     def of(cls, step: Step, choice: Choice | None) -> LastCall:
         """What a step keeps, and what the selector said."""
         visual, held = step.call.visual, step.keep & step.call.real
+        total = visual.sum(1).tolist()
         return cls(
             kept=[stays[seen].nonzero().flatten() for stays, seen in zip(held & visual, visual, strict=True)],
-            total=visual.sum(1).tolist(),
+            total=total,
+            candidates=total if choice is None else choice.groups.per_row(len(visual)),
             held=held,
             scores=None if choice is None else choice.scores,
             milliseconds=0.0 if choice is None else choice.milliseconds,

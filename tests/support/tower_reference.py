@@ -5,8 +5,11 @@ that lacks them, so that whatever is made of one of them shows it.
 """
 
 import contextlib
+import copy
 
+import tiny
 import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grip_hf.engine.upstream import attention_module
@@ -75,6 +78,7 @@ def masked_tower(model, plans, depth=None):
     tower = find_tower(parts, depth)
     queue, masked, dead = [rows_gone(plan) for plan in plans], Masked(), []
     ALL_ATTENTION_FUNCTIONS.register(NAME, masked)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
     modules = [attention_module(layer) for layer in tower.layers]
     kernels = [(one.config, one.config._attn_implementation) for one in modules]
     for config, _ in kernels:
@@ -120,21 +124,20 @@ def masked_tower(model, plans, depth=None):
         for config, kernel in kernels:
             config._attn_implementation = kernel
         ALL_ATTENTION_FUNCTIONS._global_mapping.pop(NAME)
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(NAME)
 
 
-def build_deep(family, depth=4, attention="sdpa"):
+def build_deep(family, depth=3, attention="sdpa"):
     """A tiny model whose vision tower has more layers."""
-    import copy
-
-    import tiny
-
     config = copy.deepcopy(tiny.TINY[family].config())
     vision = config.vision_config
-    name = "depth" if hasattr(vision, "depth") else "num_hidden_layers"
-    setattr(vision, name, depth)
+    setattr(vision, "depth" if hasattr(vision, "depth") else "num_hidden_layers", depth)
     if getattr(vision, "fullatt_block_indexes", None):
-        vision.fullatt_block_indexes = [1, 3]
+        vision.fullatt_block_indexes = [0, 2]  # rows leave before a layer that attends within windows
     torch.manual_seed(0)
-    from grip_hf.doctor.tiny import make
+    return tiny.make(family, attention, torch.float32, config)
 
-    return make(family, attention, torch.float32, config)
+
+def by_content(batch):
+    """A tower selector: scores depend on each row alone, without ties."""
+    return (batch.tokens * torch.linspace(-1, 1, batch.tokens.shape[-1])).sum(-1)
