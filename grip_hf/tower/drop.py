@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ..engine import upstream
 from ..engine.budgets import Budget
+from ..engine.choice import Score
 from ..engine.context import Hook, encoder, prompt_of_generation, publish, running
 from ..engine.keepsets import VisualBatch
 from ..engine.survivors import tap_of
@@ -31,8 +31,6 @@ from .tokens import TILES, Pack, tokens_of
 
 if TYPE_CHECKING:
     from ..engine.hooks import Boundary
-
-Score = Callable[[VisualBatch], Tensor]
 
 
 @dataclasses.dataclass(eq=False)

@@ -19,7 +19,6 @@ from ..families.towers import PREFIX as ATTENDED
 PREFIX = {
     **ATTENDED,
     "janus_vision_model": 0,
-    "ovis2_vision": 0,
     "qianfan_ocr_vision": 1,
     "siglip2_vision_model": 0,
 }
@@ -75,7 +74,7 @@ def _patches(config: Any, name: str = "vision_tower", **facts: Any) -> Rows:
 
 
 def _joined(config: Any) -> Rows:
-    return _patches(config, merge=config.vision_config.hidden_stride)
+    return Rows("vision_tower", merge=config.vision_config.hidden_stride)
 
 
 def _llava(config: Any) -> Rows:
@@ -144,6 +143,7 @@ ROWS: dict[str, Callable[[Any], Rows]] = {
     "smolvlm": _idefics,
     "vipllava": _patches,
 }
+OWN = (_packed, _joined)  # no other tower is ever in their place
 # Names of the list of layers, and what a layer must take.
 LISTS, PER_ROW = ("layers", "layer", "blocks"), ("cu_seqlens", "position_embeddings")
 
@@ -162,11 +162,11 @@ def find_tower(parts: Parts, depth: float | None = None) -> Tower:
     config: Any = parts.base.config
     describe = ROWS.get(config.model_type)
     kind = getattr(getattr(config, "vision_config", None), "model_type", None)
-    if describe is None or (describe is not _packed and kind not in PREFIX):
+    if describe is None or (describe not in OWN and kind not in PREFIX):
         raise UnsupportedModelError(
             f"tower_keep_ratio needs a vision tower whose rows are known; this {config.model_type!r} model has one of "
-            f"type {kind!r}. Known are the model types {', '.join(sorted(ROWS))}, with packed towers of their own "
-            f"or towers of type {', '.join(PREFIX)}"
+            f"type {kind!r}. Known are the model types {', '.join(sorted(ROWS))}, with towers of their own or "
+            f"of type {', '.join(PREFIX)}"
         )
     rows = describe(config)
     module: Any = getattr(parts.base, rows.module, None)

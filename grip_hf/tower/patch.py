@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..config import GripConfig
+from ..engine.choice import Score
 from ..errors import ConfigError
-from .drop import Score, TowerDrops
+from .drop import TowerDrops
 from .facts import find_tower
 from .selectors import TRAINING_FREE, get_tower_selector
 
