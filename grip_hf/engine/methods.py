@@ -65,7 +65,7 @@ class Generate(InstanceMethod):
         given = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
         ids = given.get("input_ids")
         ids = given.get("inputs") if ids is None else ids
-        with generation(self.boundary, ids):
+        with generation(self.boundary, ids, given.get("attention_mask")):
             return self.own(*args, **kwargs)
 
 

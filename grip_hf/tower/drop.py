@@ -23,11 +23,12 @@ from ..engine.context import Hook, encoder, prompt_of_generation, publish, runni
 from ..engine.keepsets import VisualBatch
 from ..engine.survivors import tap_of
 from ..errors import GripError
-from ..families.towers import real_keys
 from .facts import Tower
-from .places import Places, Plan, choose, cut_lengths, packed_places, shaped_places, square_places
+from .layout import places_of
+from .places import Places, Plan, choose, cut_lengths
 from .signals import Signals
 from .tokens import TILES, Pack, tokens_of
+from .words import words_of
 
 if TYPE_CHECKING:
     from ..engine.hooks import Boundary
@@ -165,7 +166,7 @@ class TowerDrops:
                 "again without knowing; train with gradient_checkpointing=False, or tower_keep_ratio=None"
             )
         hidden = args[0] if args else kwargs["hidden_states"]
-        places = self._places(call, hidden, args, kwargs)
+        places = places_of(self.tower, call.arguments, hidden, args, kwargs)
         totals = places.mask.sum(1).tolist()
         wanted = call.budget.rows(totals, shared=not self.boundary.per_image and _samples(self.boundary) == 1)
         alive = places.tokens
@@ -180,15 +181,10 @@ class TowerDrops:
         else:
             publish(tap_of(call.encoder), hidden, lambda: tokens_of(alive, places, self.tower.rows))
 
-    def _places(self, call: TowerCall, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Places:
+    def _tokens(self, places: Places) -> Tensor | None:
+        """[P] long: visual tokens that each picture makes, or None if the tower does not tell."""
         rows = self.tower.rows
-        if upstream.SHAPES in call.arguments:
-            return shaped_places(call.arguments[upstream.SHAPES], hidden.shape[1], rows.merge, hidden.device)
-        if rows.packed:
-            return packed_places(call.arguments[upstream.GRID], rows.merge, rows.window, hidden.device)
-        given = {**dict(zip(upstream.parameters(self.tower.layers[0]), args, strict=False)), **kwargs}
-        real = real_keys(given.get("attention_mask"))
-        return square_places(len(hidden), hidden.shape[1], rows.prefix, rows.merge, real, hidden.device)
+        return None if rows.packing else places.tokens.sum(1) + rows.prefix * rows.keep_prefix
 
     @torch.no_grad()
     def _scores(self, call: TowerCall, hidden: Tensor, places: Places, counts: Tensor) -> Tensor:
@@ -196,12 +192,15 @@ class TowerDrops:
         tokens = places.pick(hidden.detach().flatten(0, -2))
         signals = Signals(self.tower.rows, places, call.arguments, call.attended)
         needs = getattr(self.selector, "needs", ())
-        none = places.mask.new_zeros(len(tokens), 0)
+        text, text_mask = tokens.new_zeros(len(tokens), 0, tokens.shape[-1]), places.mask[:, :0]
+        if getattr(self.selector, "reads_question", False):
+            words, mask = words_of(self.boundary, call.encoder, self._tokens(places))
+            text, text_mask = (one.to(tokens.device).expand(len(tokens), *one.shape[1:]) for one in (words, mask))
         batch = VisualBatch(
             tokens=tokens,
             mask=places.mask,
-            text=tokens.new_zeros(len(tokens), 0, tokens.shape[-1]),
-            text_mask=none,
+            text=text,
+            text_mask=text_mask,
             budgets=counts,
             positions=places.positions,
             image_index=torch.zeros_like(places.mask, dtype=torch.long),

@@ -18,6 +18,15 @@ TILES = "tower.tiles"  # tap [tiles, groups] of what the method that packs them 
 NEWLINE = "image_newline"
 
 
+def in_order(values: Tensor, places: Places, rows: Rows) -> Tensor:
+    """Values [P, G, ...] of the groups that make visual tokens, as the language model gets these: [tokens, ...]."""
+    picked = values[places.tokens]
+    if not rows.window:
+        return picked
+    order = places.pixels[places.tokens][:, 0] // rows.merge**2
+    return torch.empty_like(picked).index_copy(0, order, picked)
+
+
 def tokens_of(alive: Tensor, places: Places, rows: Rows) -> Tensor:
     """Which visual tokens have rows, in the order in which the language model gets them.
 
@@ -31,11 +40,7 @@ def tokens_of(alive: Tensor, places: Places, rows: Rows) -> Tensor:
     """
     if rows.keep_prefix:
         return torch.nn.functional.pad(alive, (rows.prefix, 0), value=True).flatten()
-    left = alive[places.tokens]
-    if not rows.window:
-        return left
-    order = places.pixels[places.tokens][:, 0] // rows.merge**2
-    return torch.empty_like(left).index_copy(0, order, left)
+    return in_order(alive, places, rows)
 
 
 class Pack(InstanceMethod):
