@@ -26,7 +26,7 @@ from .engine.upstream import check_language_model, is_untested
 from .errors import CacheError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
 from .hub.checkpoint import CONFIG_FILE, SaveBesideAdapter, SaveWithGrip
-from .hub.resolve import describe_base, resolve
+from .hub.resolve import TOWER, describe_base, resolve
 
 if TYPE_CHECKING:
     from .scorer.model import GripScorer
@@ -59,6 +59,7 @@ class GripHandle:
         self._boundary = Boundary(parts, selector, config.scope == "image", compact, self._budget, key=self)
         self._savers = (SaveWithGrip(self), SaveBesideAdapter(self))
         self.tower_selector: Score | None = None
+        self.tower_scorer: Any = None
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
@@ -115,7 +116,7 @@ class GripHandle:
         """The part of the patch that drops rows within the vision tower; nothing is changed yet."""
         from .tower.patch import make_tower
 
-        return make_tower(self._boundary, self.config, self.tower_selector)
+        return make_tower(self._boundary, self.config, self.tower_selector, self.tower_scorer)
 
     def _attach_tower(self, tower: TowerDrops) -> None:
         self._boundary.tower = tower
@@ -208,13 +209,16 @@ class GripHandle:
             if scorer.config.base_model is None:
                 scorer.config.base_model = describe_base(self.owner)
             scorer.save_pretrained(folder)
+        if self.tower_scorer is not None:
+            self.tower_scorer.save_pretrained(os.path.join(folder, TOWER))
         self.config.to_json(os.path.join(folder, CONFIG_FILE))
         return True
 
     @property
     def can_be_saved(self) -> bool:
         """Whether the settings tell who chooses."""
-        return self.config.selector is not None and getattr(self.selector, "name", None) == self.config.selector
+        named = self.config.selector is not None and getattr(self.selector, "name", None) == self.config.selector
+        return named and self.tower_selector is None
 
     def remove(self) -> None:
         """Remove the patch; the model is exactly as before. Doing so twice is harmless."""
@@ -292,7 +296,8 @@ def apply_grip(
         from .doctor.guard import vouch  # imported late: only then are tiny models needed
 
         vouch(parts.owner.config, prune)
-    _attach(parts, settings, chosen, asked.scorer, asked.note, tower_selector if callable(tower_selector) else None)
+    own = tower_selector if callable(tower_selector) else None
+    _attach(parts, settings, chosen, asked.scorer, asked.note, own, asked.tower_scorer)
     return model
 
 
@@ -308,10 +313,11 @@ def _attach(
     scorer: nn.Module | None,
     note: str = "",
     tower_selector: Score | None = None,
+    tower_scorer: nn.Module | None = None,
 ) -> GripHandle:
     """Put the patch on the model, in the place of an earlier one."""
     handle = GripHandle(parts, config, selector, scorer)
-    handle.tower_selector = tower_selector
+    handle.tower_selector, handle.tower_scorer = tower_selector, tower_scorer
     tower = None if config.tower_keep_ratio is None else handle._tower()
     hooks = list(_prepare(selector, parts))
     # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.

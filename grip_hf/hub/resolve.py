@@ -17,6 +17,7 @@ from .checkpoint import CONFIG_FILE, SUBFOLDER, attached_folder, came_from
 from .download import fetch, is_repo_id, read_settings
 
 LEARNED = "grip"
+TOWER = "tower"  # folder of the tower scorer within that of the scorer
 TRAINING_FREE = "cdpruner"  # the rule by which it was chosen is in the docstring of `apply_grip`
 OLD_NAME = "config_or_scorer_or_repo"
 
@@ -28,12 +29,14 @@ class Resolved:
     Attributes:
         config: The settings, with the name of the selector; None if a callable chooses.
         scorer: The learned scorer, if it chooses.
+        tower_scorer: The one that lies beside it, for the rows of the vision tower, if there is one.
         note: What was decided for the user, for the log and the handle's `repr`; "" if nothing was.
     """
 
     config: GripConfig
     scorer: nn.Module | None = None
     note: str = ""
+    tower_scorer: nn.Module | None = None
 
 
 def resolve(
@@ -65,9 +68,10 @@ def resolve(
     GripConfig.check_names(overrides)
     given = overrides.get("selector") or (config.selector if config is not None else None)
     saved: GripConfig | None = None
+    folder: str | None = None
     if isinstance(scorer, (str, os.PathLike)):
-        asked = scorer
-        saved, scorer = _load(_folder(parts, scorer, hub, force))
+        asked, folder = scorer, _folder(parts, scorer, hub, force)
+        saved, scorer = _load(folder)
         if scorer is None and saved is None:
             raise ScorerError(f"{os.fspath(asked)!r} holds no GRIP scorer")
     elif scorer is not None and not isinstance(scorer, nn.Module):
@@ -78,9 +82,9 @@ def resolve(
         and not callable(selector)
         and not _brings_scorer(config, overrides)
     ):
-        attached = attached_folder(parts.owner, **hub)
-        if attached is not None:
-            saved, scorer = _load(attached)
+        folder = attached_folder(parts.owner, **hub)
+        if folder is not None:
+            saved, scorer = _load(folder)
     if config is None and saved is None and not overrides:
         raise ConfigError(
             "apply_grip(model) needs a budget: give a GripConfig, keep_ratio=... or num_tokens=..., or the scorer=... "
@@ -88,7 +92,16 @@ def resolve(
             "GRIP part"
         )
     check_scorer(parts, scorer, force)
-    return _decided(config, saved, scorer, selector, overrides)
+    return dataclasses.replace(_decided(config, saved, scorer, selector, overrides), tower_scorer=_tower(folder))
+
+
+def _tower(folder: str | None) -> nn.Module | None:
+    """The tower scorer in a scorer's folder, if there is one."""
+    if folder is None or not os.path.isdir(os.path.join(folder, TOWER)):
+        return None
+    from ..tower.scorer import TowerScorer  # only needed here
+
+    return TowerScorer.from_folder(os.path.join(folder, TOWER))
 
 
 def old_spelling(config: Any, scorer: Any) -> tuple[GripConfig | None, Any]:

@@ -203,3 +203,19 @@ def first_without(depth: float | None, layers: int) -> int:
             f"got {depth!r}"
         )
     return first
+
+
+def width_of(tower: Tower) -> int:
+    """Width of a tower's rows."""
+    linear: Any = next(one for one in _attention(tower).modules() if hasattr(one, "in_features"))
+    return int(linear.in_features)
+
+
+def attends(tower: Tower) -> bool:
+    """Whether the tower's attention is known, so that it can be computed beside it."""
+    names = ("qkv", "num_heads", "scaling") if tower.rows.packed else ("q_proj", "k_proj", "num_heads", "scale")
+    return all(hasattr(_attention(tower), name) for name in names)
+
+
+def _attention(tower: Tower) -> Any:
+    return upstream.attention_module(tower.layers[tower.first - 1])

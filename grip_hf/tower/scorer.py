@@ -1,7 +1,7 @@
 """The tower scorer: one score per group of rows, from their hidden states, the question and the budget.
 
 It stands between two layers of the vision tower, so it must cost next to nothing: one block of a few dozen channels. A
-`PreTrainedModel` of its own, it lies in the folder `tower` of a scorer's folder.
+`PreTrainedModel` of its own, it lies in the folder `tower` within that of a scorer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from ..scorer.layers import Mlp, VisualBlock
 from ..scorer.model import check_loading
 from ..scorer.start import draw_weights
 
-FOLDER = "tower"
 BUDGET_WIDTH = 16
 
 
