@@ -21,6 +21,7 @@ from ..selectors import get_selector
 from .downsampling import DOWNSAMPLING, check_square, downsample
 from .memory import cache_bytes, peak_memory
 from .stopwatch import Stopwatch, TimedSelector, watched
+from .towers import TowerChoice, tower_label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +30,15 @@ class Variant:
 
     selector: str | None = None
     num_tokens: int | None = None
+    tower: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The selector, and the share of the vision tower's rows."""
+        return tower_label(self.selector or "floor", self.tower)
 
     def __str__(self) -> str:
-        if self.num_tokens is None:
-            return "unpruned"
-        return f"{self.selector or 'floor'} {self.num_tokens}"
+        return "unpruned" if self.num_tokens is None else f"{self.name} {self.num_tokens}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +70,19 @@ class Bench:
         selectors: Names of selectors, "downsampling", or `label=folder` of a scorer.
         decode_tokens: Steps to time after the first token.
         seed: Seed of the scorer's random weights.
+        tower: What chooses rows of the vision tower; None takes none.
     """
 
     def __init__(
-        self, model: Any, inputs: dict[str, Tensor], selectors: Sequence[str], decode_tokens: int, seed: int = 0
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        selectors: Sequence[str],
+        decode_tokens: int,
+        seed: int = 0,
+        tower: TowerChoice | None = None,
     ) -> None:
+        self.tower = None if tower is None else tower.settings(model, seed)
         self.model, self.inputs, self.decode_tokens = model, inputs, decode_tokens
         self.cache_name = cache_name(find_parts(model).language_model)
         self.watch = Stopwatch(model.device)
@@ -97,7 +110,11 @@ class Bench:
         smaller = variant.num_tokens if variant.selector == DOWNSAMPLING else None
         if variant.selector is not None and smaller is None:
             selector = TimedSelector(self.selectors[variant.selector], self.watch)
-            apply_grip(self.model, selector=selector, num_tokens=variant.num_tokens)
+            more: dict[str, Any] = {}
+            if variant.tower is not None and self.tower is not None:
+                own = TimedSelector(self.tower["tower_selector"], self.watch, "tower_selector")
+                more = {**self.tower, "tower_selector": own, "tower_keep_ratio": variant.tower}
+            apply_grip(self.model, selector=selector, num_tokens=variant.num_tokens, **more)
         try:
             with watched(self.model, self.watch), peak_memory(self.model.device) as peak:
                 token, cache = self._floor(floor) if floor else self._call(smaller)

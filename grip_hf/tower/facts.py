@@ -184,6 +184,15 @@ def find_tower(parts: Parts, depth: float | None = None) -> Tower:
     return Tower(rows, module, layers, first_without(depth, len(layers)))
 
 
+def find_module(parts: Parts) -> nn.Module | None:
+    """The vision tower of a model, or None if it is not known."""
+    config: Any = parts.base.config
+    describe = ROWS.get(config.model_type)
+    kind = getattr(getattr(config, "vision_config", None), "model_type", None)
+    known = describe is not None and (describe in OWN or kind in PREFIX)
+    return getattr(parts.base, describe(config).module, None) if known and describe is not None else None
+
+
 def _lists(module: nn.Module | None) -> list[tuple[str, nn.ModuleList]]:
     named = () if module is None else module.named_modules()
     return [(name.rpartition(".")[2], one) for name, one in named if isinstance(one, nn.ModuleList) and len(one)]
