@@ -14,6 +14,7 @@ from grip_hf.cli.pareto import pareto
 from grip_hf.cli.screen import JsonFile, console, failures, in_folder, say, split_list
 from grip_hf.cli.serve import serve
 from grip_hf.cli.train import train
+from grip_hf.cli.train_tower import train_tower
 from grip_hf.files import write_json, write_whole
 from grip_hf.version import __version__
 
@@ -47,6 +48,7 @@ app.command("eval")(evaluate)
 app.command("pareto")(pareto)
 app.command("serve")(serve)
 app.command("train", context_settings=MORE)(train)
+app.command("train-tower")(train_tower)
 
 
 @app.command()
