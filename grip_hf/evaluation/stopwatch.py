@@ -17,13 +17,14 @@ from ..tower.facts import find_module
 # The parts of a call between two marks: name -> (from, to).
 SPANS = {
     "vision": ("start", "lm_in"),
-    "tower": ("tower_in", "tower_out"),
     "prune": ("lm_in", "lm_begin"),
     "prefill": ("lm_begin", "lm_done"),
     "restore": ("lm_done", "lm_left"),
     "head": ("lm_left", "end"),
     "total": ("start", "end"),
 }
+# Parts of `vision`.
+WITHIN = {"tower": ("tower_in", "tower_out"), "tower_selector": ("tower_selector_in", "tower_selector_out")}
 HOOKED = (("base_in", "base_begin"), ("lm_in", "lm_begin"), ("lm_done", "lm_left"), ("base_done", "base_left"))
 
 
@@ -61,10 +62,9 @@ class Stopwatch:
 
     def spans(self) -> dict[str, float]:
         """Milliseconds of every part of the call; `prune` is without the `selector`, `tower` without its own."""
-        found = {name: self.ms(*marks) for name, marks in SPANS.items()}
+        found = {name: self.ms(*marks) for name, marks in {**SPANS, **WITHIN}.items()}
         found["selector"] = self.ms("selector_in", "selector_out")
         found["prune"] -= found["selector"]
-        found["tower_selector"] = self.ms("tower_selector_in", "tower_selector_out")
         found["tower"] -= found["tower_selector"]
         return found
 
