@@ -82,7 +82,7 @@ class GripHandle:
         self,
         keep_ratio: float | Sequence[float] | None = None,
         num_tokens: int | Sequence[int] | None = None,
-        tower_keep_ratio: float | None = None,
+        tower_keep_ratio: float | str | None = None,
     ) -> AbstractContextManager[None]:
         """Use another budget within a `with` block, in this thread only.
 
@@ -92,8 +92,8 @@ class GripHandle:
         Args:
             keep_ratio: share of the visual tokens to keep, in (0, 1], or one per sample.
             num_tokens: number of visual tokens to keep, >= 1, or one per sample.
-            tower_keep_ratio: share of the vision tower's rows that stay, in (0, 1]; None as it was. More of them stay
-                where the other budget needs more. Given alone, the other budget is as it was.
+            tower_keep_ratio: share of the vision tower's rows that stay, in (0, 1], or "auto"; None as it was. More
+                stay where the other budget needs more. Given alone, the other budget is as it was.
 
         Raises:
             ConfigError: Not exactly one of the first two is given and not the third alone, or it is not allowed.

@@ -55,7 +55,7 @@ DeviceMap = Annotated[str | None, typer.Option(help="Device map of the model, fo
 Attention = Annotated[str | None, typer.Option("--attn-implementation", help="Attention of the model.")]
 TowerRatio = Annotated[
     str | None,
-    typer.Option(help="Shares of the vision tower's rows, separated by commas: each selector also with so many."),
+    typer.Option(help="Shares of the vision tower's rows, separated by commas, or auto: each selector also so."),
 ]
 TowerSelector = Annotated[
     str | None,

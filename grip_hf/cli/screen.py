@@ -78,12 +78,15 @@ def tower_choice(ratios: str | None, selector: str | None, depth: float | None) 
         if selector is not None or depth is not None:
             raise typer.BadParameter("--tower-selector and --tower-depth go with --tower-keep-ratio")
         return None
-    from ..config import check_tower_depth
+    from ..config import AUTO, check_tower_depth
     from ..evaluation.towers import TowerChoice
 
     if depth is not None:
         depth = check_tower_depth(int(depth) if depth >= 1 and depth == int(depth) else depth)
-    return TowerChoice(tuple(numbers(ratios, wanted="--tower-keep-ratio: numbers")), selector, depth)
+    found = [
+        one if one == AUTO else numbers(one, wanted="--tower-keep-ratio: numbers")[0] for one in split_list(ratios)
+    ]
+    return TowerChoice(tuple(found), selector, depth)
 
 
 def split_list(text: str) -> list[str]:

@@ -10,7 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from ..config import check_keep_ratio, check_num_tokens, check_one_budget, check_tower_ratio, count_kept
+from ..config import (
+    AUTO,
+    check_keep_ratio,
+    check_num_tokens,
+    check_one_budget,
+    check_tower,
+    check_tower_ratio,
+    count_kept,
+    tower_ratio_for,
+)
 from ..errors import ConfigError
 
 
@@ -22,20 +31,20 @@ class Budget:
         keep_ratio: a ratio in (0, 1], or a tuple with one per sample.
         num_tokens: a count >= 1, or a tuple with one per sample.
         everything: True keeps all tokens, whatever the others say.
-        tower_keep_ratio: share of the vision tower's rows that stay, in (0, 1]; None for all.
+        tower_keep_ratio: share of the vision tower's rows that stay, in (0, 1]; "auto" for what goes with the other
+            budget; None for all.
     """
 
     keep_ratio: float | tuple[float, ...] | None = None
     num_tokens: int | tuple[int, ...] | None = None
     everything: bool = False
-    tower_keep_ratio: float | None = None
+    tower_keep_ratio: float | str | None = None
 
     @classmethod
     def checked(cls, keep_ratio: Any = None, num_tokens: Any = None, tower_keep_ratio: Any = None) -> Budget:
         """Validate a budget given by a user; raise `ConfigError` if it is not allowed."""
         check_one_budget(keep_ratio, num_tokens)
-        if tower_keep_ratio is not None:
-            tower_keep_ratio = check_keep_ratio(tower_keep_ratio, "tower_keep_ratio")
+        tower_keep_ratio = check_tower(tower_keep_ratio)
         if keep_ratio is None:
             return cls(None, _each(num_tokens, check_num_tokens, "num_tokens"), tower_keep_ratio=tower_keep_ratio)
         ratio = _each(keep_ratio, check_keep_ratio, "keep_ratio")
@@ -44,17 +53,16 @@ class Budget:
 
     @property
     def drops_rows(self) -> bool:
-        """Whether rows leave the vision tower."""
-        share = self._share
-        return share is not None and share < 1
+        """Whether rows leave the vision tower, if a picture has enough of them."""
+        ratio = max(self.keep_ratio) if isinstance(self.keep_ratio, tuple) else self.keep_ratio
+        return self._share(ratio or 0.0) < 1
 
-    @property
-    def _share(self) -> float | None:
-        """Share of the tower's rows that stay: what was asked for, and what the language model's budget needs."""
-        if self.everything or self.tower_keep_ratio is None or self.keep_ratio is None:
-            return None if self.everything else self.tower_keep_ratio
-        needed = self.keep_ratio
-        return max(self.tower_keep_ratio, max(needed) if isinstance(needed, tuple) else needed)
+    def _share(self, needed: float) -> float:
+        """Share of the tower's rows that stay: what was asked for, and `needed` by the language model at least."""
+        if self.everything or self.tower_keep_ratio is None:
+            return 1.0
+        share = tower_ratio_for(needed) if self.tower_keep_ratio == AUTO else self.tower_keep_ratio
+        return max(float(share), needed)
 
     def rows(self, totals: list[int], shared: bool) -> list[int]:
         """Groups of rows to keep in the vision tower, as many at least as the language model's budget may ask for.
@@ -63,13 +71,15 @@ class Budget:
             totals: Groups of each picture.
             shared: Whether all of them belong to one sample, whose budget they share.
         """
-        share, most = self._share, self.most
-        if share is None:
-            return totals
-        if most is not None and shared:
-            share, most = max(share, min(1.0, most / max(sum(totals), 1))), None
-        # Rounded up, so that what several pictures keep together is never less than their sample's budget.
-        return [min(total, max(math.ceil(share * total - 1e-9), most or 0)) for total in totals]
+        ratio, most = max(self.keep_ratio) if isinstance(self.keep_ratio, tuple) else self.keep_ratio, self.most
+        found = []
+        for total in totals:
+            needed = ratio
+            if most is not None:
+                needed = min(1.0, most / max(sum(totals) if shared else total, 1))
+            # Rounded up, so that what several pictures keep together is never less than their sample's budget.
+            found.append(min(total, math.ceil(self._share(needed or 0.0) * total - 1e-9)))
+        return found
 
     def counts(self, totals: list[int], rows: list[int], batch: int, repeated: Callable[[int], bool]) -> list[int]:
         """Tokens to keep per group.

@@ -30,7 +30,7 @@ class Variant:
 
     selector: str | None = None
     num_tokens: int | None = None
-    tower: float | None = None
+    tower: float | str | None = None
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import check_keep_ratio
+from ..config import check_tower
 from ..errors import ConfigError
 from ..families.table import find_parts
 from ..hub.checkpoint import attached_folder
@@ -24,9 +24,9 @@ from .methods import Pruned
 PLUS = " + tower "
 
 
-def tower_label(selector: str, ratio: float | None) -> str:
+def tower_label(selector: str, ratio: float | str | None) -> str:
     """What tables call a selector with a share of the vision tower's rows."""
-    return selector if ratio is None else f"{selector}{PLUS}{ratio:g}"
+    return selector if ratio is None else f"{selector}{PLUS}{ratio if isinstance(ratio, str) else f'{ratio:g}'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TowerChoice:
     """Which rows stay.
 
     Attributes:
-        ratios: Shares of the rows to try, each in (0, 1].
+        ratios: Shares of the rows to try, each in (0, 1] or "auto".
         selector: What chooses them: a name, or the folder of a tower scorer; None takes the tower scorer that came
             with the model.
         depth: After how many layers, or which share of them.
@@ -43,13 +43,13 @@ class TowerChoice:
         ConfigError: A ratio is not allowed.
     """
 
-    ratios: tuple[float, ...]
+    ratios: tuple[float | str, ...]
     selector: str | None = None
     depth: float | None = None
 
     def __post_init__(self) -> None:
         for ratio in self.ratios:
-            check_keep_ratio(ratio, "tower_keep_ratio")
+            check_tower(ratio)
 
     def settings(self, model: Any, seed: int, fresh: bool = True) -> dict[str, Any]:
         """Arguments of `apply_grip`, without the ratio.
