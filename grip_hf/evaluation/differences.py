@@ -6,9 +6,6 @@ python -m grip_hf.evaluation.differences answers.jsonl grip "grip + tower 0.5"
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from statistics import mean
@@ -66,24 +63,3 @@ def differences(samples: Iterable[Mapping[str, Any]], first: str, second: str) -
         known = sorted({name for name, _ in scores})
         raise ConfigError(f"{first!r} and {second!r} share no questions; there are {known}")
     return sorted(found, key=lambda one: -one.budget)
-
-
-def main() -> None:
-    """Print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", help="what `grip-hf eval --log-samples` wrote")
-    parser.add_argument("first", help="a method")
-    parser.add_argument("second", nargs="+", help="others, each minus the first")
-    asked = parser.parse_args()
-    with open(asked.file, encoding="utf-8") as file:
-        samples = [json.loads(line) for line in file]
-    for second in asked.second:
-        for one in differences(samples, asked.first, second):
-            sys.stdout.write(
-                f"{second} at {one.budget:g}: {100 * one.mean:+.1f} points "
-                f"({100 * one.low:+.1f} to {100 * one.high:+.1f}; {one.questions} questions)\n"
-            )
-
-
-if __name__ == "__main__":
-    main()
