@@ -26,7 +26,7 @@ from .engine.upstream import check_language_model, is_untested
 from .errors import CacheError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
 from .hub.checkpoint import CONFIG_FILE, SaveBesideAdapter, SaveWithGrip
-from .hub.resolve import TOWER, describe_base, resolve
+from .hub.resolve import LEARNED, TOWER, describe_base, resolve
 
 if TYPE_CHECKING:
     from .scorer.model import GripScorer
@@ -163,6 +163,16 @@ class GripHandle:
             CacheError: There is no cache, or it took part in no call with visual tokens.
         """
         return kept_tokens(cache_or_output)
+
+    @property
+    def rows_chosen_by(self) -> Score | None:
+        """What chooses the rows of the vision tower, if it is more than a name in the settings says."""
+        own = self.tower_selector
+        if own is None and self.tower_scorer is not None and self.config.tower_selector in (None, LEARNED):
+            from .tower.scorer import TowerGripSelector
+
+            own = TowerGripSelector(self.tower_scorer)
+        return own
 
     @property
     def owner(self) -> nn.Module:

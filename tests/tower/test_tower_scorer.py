@@ -332,3 +332,19 @@ def test_other_methods_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="by grpo or warmup alone"):
         train_tower(plan, *build_vlm(), DatasetExamples(rows(2)), make_scorer())
     assert not (tmp_path / "run").exists()
+
+
+@TRAINING
+def test_a_reference_model_drops_the_rows_of_its_policy(tmp_path):
+    from grip_hf.training.reference import prune_like
+
+    policy, reference, inputs = build_deep("llava"), build_deep("llava"), make_inputs("llava", PROMPTS)
+    scorer = GripScorer(GripScorerConfig(hidden_size=32, width=8, attention_width=8)).eval()
+    apply_grip(policy, scorer=scorer, keep_ratio=0.25, tower_keep_ratio=0.5)
+    policy.grip.tower_scorer = make_tower_scorer()
+    policy.grip.save_pretrained(tmp_path)
+    apply_grip(policy, scorer=tmp_path)
+    prune_like(reference, policy)
+    with torch.no_grad(), watched() as plans:
+        assert torch.equal(policy(**inputs).logits, reference(**inputs).logits)
+    assert torch.equal(plans[0].alive, plans[1].alive)
