@@ -71,8 +71,9 @@ def choose(context: CallContext, call: Call) -> Choice | None:
     groups = group_tokens(call.visual, _group_key(question, image if boundary.per_image else None))
     wanted = _counts(budget, groups, call)
     if alive is not None:  # counted of all tokens, chosen from those that have rows
-        wanted = groups.mask.sum(1) if wanted is None else wanted
-        groups, wanted = groups.within(alive, wanted)
+        totals = groups.mask.sum(1)
+        groups, both = groups.within(alive, torch.stack([totals if wanted is None else wanted, totals], 1))
+        wanted, totals = both.unbind(1)
     elif wanted is None:
         if budget.most is not None:
             boundary.warn_once(
@@ -81,6 +82,7 @@ def choose(context: CallContext, call: Call) -> Choice | None:
             )
         return None
     batch = _visual_batch(groups, wanted, question, call, image, positions, _taps(context))
+    batch = batch if alive is None else dataclasses.replace(batch, totals=totals)
     return _ask(boundary.selector, groups, batch, question, call)
 
 

@@ -31,6 +31,8 @@ class VisualBatch:
         text_index: [G, T] long, where each text token stands in its row of the call, 0 at padding; None where there
             is no call.
         token_index: [G, N] long, where each visual token stands there, 0 at padding; None where there is no call.
+        totals: [G] long, visual tokens of each group, those too that cannot stay since the vision tower dropped their
+            rows; None where all are here.
     """
 
     tokens: Tensor
@@ -43,6 +45,13 @@ class VisualBatch:
     taps: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     text_index: Tensor | None = None
     token_index: Tensor | None = None
+    totals: Tensor | None = None
+
+    @property
+    def keep_ratio(self) -> Tensor:
+        """[G] float32 share of each group's visual tokens that stays, at most 1."""
+        totals = self.mask.sum(1) if self.totals is None else self.totals
+        return (self.budgets / totals.clamp(min=1)).clamp(max=1).float()
 
 
 def check_finite(scores: Tensor, mask: Tensor) -> None:

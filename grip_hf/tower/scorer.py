@@ -177,5 +177,4 @@ class TowerGripSelector:
         """Return the scorer's scores [P, G]."""
         if self.scorer.device != batch.tokens.device:
             nn.Module.to(self.scorer, batch.tokens.device)
-        ratio = (batch.budgets / batch.mask.sum(1).clamp(min=1)).clamp(max=1).float()
-        return self.scorer(batch.tokens, batch.mask, batch.text, batch.text_mask, ratio, batch.positions)
+        return self.scorer(batch.tokens, batch.mask, batch.text, batch.text_mask, batch.keep_ratio, batch.positions)
