@@ -44,7 +44,7 @@ class Groups:
         return counts
 
     def within(self, some: Tensor, values: Tensor) -> tuple[Groups, Tensor]:
-        """The groups of those tokens that `some` [B, L] bool marks, and the `values` [G, ...] of those that have any."""
+        """The groups of the tokens that `some` [B, L] bool marks, and the `values` [G, ...] of those that have any."""
         marked = self.mask & some[self.row[:, None], self.place]
         left = marked.any(1)
         marked, width = marked[left], int(marked.sum(1).max()) if marked.numel() else 0
