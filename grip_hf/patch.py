@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
-import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,28 +12,27 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, nn
 
 from .config import GripConfig
-from .engine.budgets import Budget, current, open_elsewhere, override
 from .engine.cache import returned, state_of
+from .engine.call import LastCall
 from .engine.choice import Score
-from .engine.context import last_of
+from .engine.context import Budget, last_of, override, told
 from .engine.hooks import Boundary, patch_of
-from .engine.last import LastCall
 from .engine.layers import check_layers
-from .engine.question import told
 from .engine.upstream import check_language_model, is_untested
 from .errors import CacheError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
-from .hub.checkpoint import CONFIG_FILE, SaveBesideAdapter, SaveWithGrip
-from .hub.resolve import LEARNED, TOWER, describe_base, resolve
+from .hub.adapter_part import AdapterPart, part_of, warn_if_it_differs
+from .hub.adapters import AdapterFiles
+from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
+from .hub.resolve import describe_base, resolve
+from .tower.part import TowerPart
 
 if TYPE_CHECKING:
     from .scorer.model import GripScorer
-    from .tower.drop import TowerDrops
 
 __all__ = ["GripHandle", "apply_grip", "remove_grip"]
 M = TypeVar("M", bound=nn.Module)
 logger = logging.getLogger(__name__)
-_attaching = threading.Lock()
 
 
 class GripHandle:
@@ -56,27 +53,15 @@ class GripHandle:
         self.scorer = scorer
         self._parts = parts
         compact = config.position_ids == "compact"
-        self._boundary = Boundary(parts, selector, config.scope == "image", compact, self._budget, key=self)
-        self._savers = (SaveWithGrip(self), SaveBesideAdapter(self))
-        self.tower_selector: Score | None = None
-        self.tower_scorer: Any = None
+        usual = Budget(config.keep_ratio, config.num_tokens, tower_keep_ratio=config.tower_keep_ratio)
+        self._boundary = Boundary(parts, selector, config.scope == "image", compact, usual, key=self)
+        self._savers = (SaveWithGrip(self), AdapterFiles(self))
+        self.adapters: dict[str, AdapterPart] = {}
+        self.tower = TowerPart(self._boundary, config)
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
         return f"GripHandle({type(self._parts.owner).__name__}, {self.config}{note})"
-
-    def _budget(self) -> Budget:
-        budget, leader = current(self), self._boundary.leader
-        if budget is None and leader is not None:
-            return leader._budget()
-        if budget is None and open_elsewhere(self):
-            self._boundary.warn_once(
-                "a budget(...) or disabled() block is open in another thread and does not hold in this one. A thread "
-                "that was started inside the block takes it along by its context: "
-                "Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)"
-            )
-        ratio = self.config.tower_keep_ratio
-        return budget or Budget(self.config.keep_ratio, self.config.num_tokens, tower_keep_ratio=ratio)
 
     def budget(
         self,
@@ -99,28 +84,7 @@ class GripHandle:
             ConfigError: Not exactly one of the first two is given and not the third alone, or it is not allowed.
             UnsupportedModelError: No rows can be dropped in this vision tower.
         """
-        now = self._budget()
-        if tower_keep_ratio is not None:
-            if keep_ratio is None and num_tokens is None:
-                keep_ratio, num_tokens = now.keep_ratio, now.num_tokens
-            budget = Budget.checked(keep_ratio, num_tokens, tower_keep_ratio)
-            if budget.drops_rows:
-                with _attaching:
-                    if self._boundary.tower is None:
-                        self._attach_tower(self._tower())
-            return override(self, budget)
-        inherited = dataclasses.replace(Budget.checked(keep_ratio, num_tokens), tower_keep_ratio=now.tower_keep_ratio)
-        return override(self, inherited)
-
-    def _tower(self) -> TowerDrops:
-        """The part of the patch that drops rows within the vision tower; nothing is changed yet."""
-        from .tower.patch import make_tower
-
-        return make_tower(self._boundary, self.config, self.tower_selector, self.tower_scorer)
-
-    def _attach_tower(self, tower: TowerDrops) -> None:
-        self._boundary.tower = tower
-        self._boundary.attach_tower(tower.hooks(), tower.methods())
+        return override(self, self.tower.budget(keep_ratio, num_tokens, tower_keep_ratio))
 
     def prompt(self, prompt: Tensor | Sequence[int]) -> AbstractContextManager[None]:
         """Say which tokens are the prompt within a `with` block, in this thread only: what is kept hangs on it alone.
@@ -142,7 +106,7 @@ class GripHandle:
         Args:
             leader: The handle of that model, such as the policy of which this is the reference.
         """
-        self._boundary.leader = leader
+        self._boundary.leader = leader._boundary
 
     @property
     def last(self) -> LastCall | None:
@@ -163,16 +127,6 @@ class GripHandle:
             CacheError: There is no cache, or it took part in no call with visual tokens.
         """
         return kept_tokens(cache_or_output)
-
-    @property
-    def rows_chosen_by(self) -> Score | None:
-        """What chooses the rows of the vision tower, if it is more than a name in the settings says."""
-        own = self.tower_selector
-        if own is None and self.tower_scorer is not None and self.config.tower_selector in (None, LEARNED):
-            from .tower.scorer import TowerGripSelector
-
-            own = TowerGripSelector(self.tower_scorer)
-        return own
 
     @property
     def owner(self) -> nn.Module:
@@ -219,8 +173,7 @@ class GripHandle:
             if scorer.config.base_model is None:
                 scorer.config.base_model = describe_base(self.owner)
             scorer.save_pretrained(folder)
-        if self.tower_scorer is not None:
-            self.tower_scorer.save_pretrained(os.path.join(folder, TOWER))
+        self.tower.save(folder)
         self.config.to_json(os.path.join(folder, CONFIG_FILE))
         return True
 
@@ -228,7 +181,7 @@ class GripHandle:
     def can_be_saved(self) -> bool:
         """Whether the settings tell who chooses."""
         named = self.config.selector is not None and getattr(self.selector, "name", None) == self.config.selector
-        return named and self.tower_selector is None
+        return named and self.tower.selector is None
 
     def remove(self) -> None:
         """Remove the patch; the model is exactly as before. Doing so twice is harmless."""
@@ -257,11 +210,12 @@ def apply_grip(
     Only hooks on this model object are added; its class, weights and signature stay as they are. Applying again
     replaces the patch.
 
-    Who chooses the tokens: the `selector`, where one is named; else the `scorer`, or the one that came with the
-    checkpoint of the model; else `cdpruner`, which is logged and told by `repr(model.grip)`. It is the method with the
-    best mean over the budgets in the table of `grip_hf/evaluation/README.md` of the published ones that need no
-    training, prune before the language model, and need nothing of the vision tower, so that it works with every
-    family. It is never taken in place of a scorer that was asked for.
+    Who chooses the tokens: the `selector`, where one is named; else the `scorer`, or what the active adapter was
+    trained with, or the scorer that came with the checkpoint of the model; else `cdpruner`, which is logged and told
+    by `repr(model.grip)`. It is the method with the best mean over the budgets in the table of
+    `grip_hf/evaluation/README.md` of the published ones that need no training, prune before the language model, and
+    need nothing of the vision tower, so that it works with every family. It is never taken in place of a scorer that
+    was asked for.
 
     Args:
         model: A transformers vision-language model for conditional generation, also one wrapped by PEFT.
@@ -289,9 +243,10 @@ def apply_grip(
     """
     parts = _whole(find_parts(model))
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    adapter = part_of(model)
     if isinstance(tower_selector, str):
         overrides["tower_selector"] = tower_selector
-    asked = resolve(parts, config, scorer, selector, overrides, hub)
+    asked = resolve(parts, config, scorer, selector, overrides, hub, adapter)
     settings = asked.config
     if settings.position_ids == "compact" and parts.family.mrope:
         raise UnsupportedModelError(
@@ -306,8 +261,10 @@ def apply_grip(
         from .doctor.guard import vouch  # imported late: only then are tiny models needed
 
         vouch(parts.owner.config, prune)
-    own = tower_selector if callable(tower_selector) else None
-    _attach(parts, settings, chosen, asked.scorer, asked.note, own, asked.tower_scorer)
+    rows = (tower_selector if callable(tower_selector) else None, asked.tower_scorer)
+    handle = _attach(parts, settings, chosen, asked.scorer, asked.note, rows)
+    if adapter is not None:
+        warn_if_it_differs(adapter, handle)
     return model
 
 
@@ -322,19 +279,18 @@ def _attach(
     selector: Score,
     scorer: nn.Module | None,
     note: str = "",
-    tower_selector: Score | None = None,
-    tower_scorer: nn.Module | None = None,
+    rows: tuple[Score | None, nn.Module | None] = (None, None),
 ) -> GripHandle:
-    """Put the patch on the model, in the place of an earlier one."""
+    """Put the patch on the model, in the place of an earlier one; `rows` says what chooses those of the tower."""
     handle = GripHandle(parts, config, selector, scorer)
-    handle.tower_selector, handle.tower_scorer = tower_selector, tower_scorer
-    tower = None if config.tower_keep_ratio is None else handle._tower()
+    handle.tower.selector, handle.tower.scorer = rows
+    drops = handle.tower.make()
+    handle.adapters.update(getattr(vars(parts.owner).get("grip"), "adapters", {}))
     hooks = list(_prepare(selector, parts))
     # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.
     remove_grip(parts.owner)
     handle._boundary.attach(hooks)
-    if tower is not None:
-        handle._attach_tower(tower)
+    handle.tower.attach(drops)
     for saver in handle._savers:
         saver.attach()
     if note:

@@ -14,8 +14,9 @@ from ..config import check_tower
 from ..errors import ConfigError
 from ..families.table import find_parts
 from ..hub.checkpoint import attached_folder
-from ..hub.resolve import LEARNED, TOWER
+from ..hub.resolve import LEARNED
 from ..tower.facts import find_tower, width_of
+from ..tower.part import FOLDER
 from ..tower.patch import refuse_selector
 from ..tower.scorer import TowerGripSelector, TowerScorer, TowerScorerConfig
 from ..tower.selectors import get_tower_selector
@@ -66,8 +67,8 @@ class TowerChoice:
         """
         name, depth = self.selector or LEARNED, self.depth
         folder = name if os.path.isdir(name) else None
-        if name == LEARNED and (own := attached_folder(model)) and os.path.isdir(os.path.join(own, TOWER)):
-            folder = os.path.join(own, TOWER)
+        if name == LEARNED and (own := attached_folder(model)) and os.path.isdir(os.path.join(own, FOLDER)):
+            folder = os.path.join(own, FOLDER)
         if folder is not None:
             return {"tower_selector": TowerGripSelector(TowerScorer.from_folder(folder)), "tower_depth": depth}
         if name != LEARNED:

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..config import GripConfig
-from ..engine.context import attach_taps, attached_taps, encoding
 from ..engine.keepsets import VisualBatch
+from ..engine.taps import attach_taps, attached_taps, encoding
 from ..engine.upstream import ENCODED, check_takes_encoded
 from ..errors import DatasetError
 from ..families.table import find_parts
@@ -59,12 +59,18 @@ class FrozenVLM:
         self._cache: LRUCache[str, Encoded] = LRUCache(cache_bytes, getsizeof=lambda one: one.nbytes)
         self._seen: VisualBatch | None = None
         self._keep: Sequence[Tensor] | None = None
+        self._taps: list[Any] = []
         self.attach()
         self._taps = list(tap(model)) if tap is not None else []
+        self._see_taps()
 
     def attach(self) -> None:
         """Put the patch on the model again, after another one stood there."""
         apply_grip(self.model, GripConfig(num_tokens=1), selector=self._select)
+        self._see_taps()
+
+    def _see_taps(self) -> None:
+        self.model.grip._boundary.tapped = bool(self._taps)
 
     def close(self) -> None:
         """Remove the patch from the model."""

@@ -13,11 +13,12 @@ from torch import nn
 from ..config import GripConfig
 from ..errors import ConfigError, HubError, ScorerError
 from ..families.table import Parts
+from ..tower.part import FOLDER
+from .adapter_part import AdapterPart
 from .checkpoint import CONFIG_FILE, SUBFOLDER, attached_folder, came_from
 from .download import fetch, is_repo_id, read_settings
 
 LEARNED = "grip"
-TOWER = "tower"  # folder of the tower scorer within that of the scorer
 TRAINING_FREE = "cdpruner"  # the rule by which it was chosen is in the docstring of `apply_grip`
 OLD_NAME = "config_or_scorer_or_repo"
 
@@ -40,7 +41,13 @@ class Resolved:
 
 
 def resolve(
-    parts: Parts, config: Any, scorer: Any, selector: Any, overrides: dict[str, Any], hub: dict[str, Any]
+    parts: Parts,
+    config: Any,
+    scorer: Any,
+    selector: Any,
+    overrides: dict[str, Any],
+    hub: dict[str, Any],
+    adapter: AdapterPart | None = None,
 ) -> Resolved:
     """The settings and the scorer that the arguments of `apply_grip` ask for.
 
@@ -51,6 +58,7 @@ def resolve(
         selector: The selector's name, a callable, or None.
         overrides: Settings that override those found; `force=True` takes a scorer of another model, with a warning.
         hub: Where on the Hub to look: `revision`, `token`, ... (see `fetch`).
+        adapter: What the active adapter was trained with, if anything; it comes before the base model's checkpoint.
 
     Raises:
         ConfigError: A setting is not allowed, or two that exclude each other are given.
@@ -82,9 +90,7 @@ def resolve(
         and not callable(selector)
         and not _brings_scorer(config, overrides)
     ):
-        folder = attached_folder(parts.owner, **hub)
-        if folder is not None:
-            saved, scorer = _load(folder)
+        saved, scorer, folder = _attached(parts, adapter, given, hub)
     if config is None and saved is None and not overrides:
         raise ConfigError(
             "apply_grip(model) needs a budget: give a GripConfig, keep_ratio=... or num_tokens=..., or the scorer=... "
@@ -97,11 +103,23 @@ def resolve(
 
 def _tower(folder: str | None) -> nn.Module | None:
     """The tower scorer in a scorer's folder, if there is one."""
-    if folder is None or not os.path.isdir(os.path.join(folder, TOWER)):
+    if folder is None or not os.path.isdir(os.path.join(folder, FOLDER)):
         return None
     from ..tower.scorer import TowerScorer  # only needed here
 
-    return TowerScorer.from_folder(os.path.join(folder, TOWER))
+    return TowerScorer.from_folder(os.path.join(folder, FOLDER))
+
+
+def _attached(
+    parts: Parts, adapter: AdapterPart | None, given: str | None, hub: dict[str, Any]
+) -> tuple[GripConfig | None, nn.Module | None, str | None]:
+    """Settings, scorer and folder of what came with the active adapter, or with the model's checkpoint."""
+    if adapter is not None and adapter.scorer is None and given is None:
+        return adapter.settings, None, None
+    attached = attached_folder(parts.owner, **hub)
+    if adapter is not None and adapter.scorer is not None:
+        attached = adapter.folder(attached)
+    return (None, None, None) if attached is None else (*_load(attached), attached)
 
 
 def old_spelling(config: Any, scorer: Any) -> tuple[GripConfig | None, Any]:

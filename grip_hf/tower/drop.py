@@ -17,20 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import upstream
-from ..engine.budgets import Budget
 from ..engine.choice import Score
-from ..engine.context import Hook, encoder, prompt_of_generation, publish, running
+from ..engine.context import Budget, Hook, prompt_of_generation, running
 from ..engine.keepsets import VisualBatch
-from ..engine.survivors import tap_of
+from ..engine.taps import encoder, publish
 from ..errors import GripError
 from .facts import Tower
 from .layout import places_of
 from .places import Places, Plan, choose, cut_lengths
+from .rows import drops_rows, rows_of
 from .signals import Signals
+from .survivors import survivors, tap_of
 from .tokens import TILES, Pack, tokens_of
 from .words import words_of
 
 if TYPE_CHECKING:
+    from ..engine.call import Call
+    from ..engine.context import CallContext
     from ..engine.hooks import Boundary
 
 
@@ -108,13 +111,17 @@ class TowerDrops:
         rows = self.tower.rows
         return [Pack(self.boundary.parts.base, rows.packing)] if rows.packing else []
 
+    def survivors(self, context: CallContext, call: Call, budget: Budget) -> Tensor | None:
+        """[B, L] bool: the visual tokens of a call that have rows, or None if all do."""
+        return survivors(context, call, budget)
+
     def before(self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Enter a call of the tower."""
         budget, name = self.boundary.budget(), encoder()
         # Called by itself, it is nobody's who would know which rows it lacks.
-        if not name or not budget.drops_rows or name in self.tower.rows.whole:
+        if not name or not drops_rows(budget) or name in self.tower.rows.whole:
             _thread.calls.append(None)
-            if name and budget.drops_rows:
+            if name and drops_rows(budget):
                 publish(tap_of(name), torch.empty(0), lambda: torch.ones(0, dtype=torch.bool))
             return
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -168,7 +175,7 @@ class TowerDrops:
         hidden = args[0] if args else kwargs["hidden_states"]
         places = places_of(self.tower, call.arguments, hidden, args, kwargs)
         totals = places.mask.sum(1).tolist()
-        wanted = call.budget.rows(totals, shared=not self.boundary.per_image and _samples(self.boundary) == 1)
+        wanted = rows_of(call.budget, totals, shared=not self.boundary.per_image and _samples(self.boundary) == 1)
         alive = places.tokens
         if wanted != totals:
             counts = torch.tensor(wanted, device=hidden.device)

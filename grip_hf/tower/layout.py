@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..engine import upstream
-from ..engine.context import publish
+from ..engine.taps import publish
 from ..errors import UnsupportedModelError
 from ..families.table import find_parts
 from ..families.towers import real_keys

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.context import collected, encoder, publish
 from ..engine.methods import InstanceMethod
-from ..engine.survivors import tap_of
+from ..engine.taps import encoder, publish, taken_out
 from .facts import Rows
 from .places import Places
+from .survivors import tap_of
 
 TILES = "tower.tiles"  # tap [tiles, groups] of what the method that packs them is to lay out
 NEWLINE = "image_newline"
@@ -52,7 +52,7 @@ class Pack(InstanceMethod):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Lay out as the model itself does."""
         output = self.own(*args, **kwargs)
-        tiles = collected(TILES)
+        tiles = taken_out(TILES)
         if tiles is not None:
             given = self.__signature__.bind(*args, **kwargs)
             name = next(iter(given.arguments))

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ..engine import upstream
-from ..engine.arguments import real_tokens
 from ..engine.cache import find, logical_length
 from ..engine.context import CallContext, Generation, innermost
-from ..engine.grouping import group_tokens
-from ..engine.question import read_question
+from ..engine.keepsets import group_tokens
+from ..engine.reading import read_question, real_tokens
 from ..errors import GripError
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ def prune_like(reference: nn.Module, model: nn.Module) -> None:
     handle = vars(unwrap(model)).get("grip")
     if not isinstance(handle, GripHandle):
         raise ConfigError(f"model must be patched by apply_grip, got a {type(unwrap(model)).__name__} that is not")
-    rows: Any = {"tower_selector": handle.rows_chosen_by}
+    rows: Any = {"tower_selector": handle.tower.chosen_by}
     if handle.can_be_saved:
         apply_grip(reference, handle.config, scorer=handle.scorer, **rows)  # type: ignore[arg-type]
     else:

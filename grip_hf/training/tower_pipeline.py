@@ -15,10 +15,11 @@ from ..errors import ConfigError
 from ..files import make_folder
 from ..frozen.data import Examples
 from ..frozen.vlm import FrozenVLM
-from ..hub.resolve import TOWER, describe_base
+from ..hub.resolve import describe_base
 from ..scorer.model import GripScorer
 from ..tower.facts import width_of
 from ..tower.layout import RowsTap
+from ..tower.part import FOLDER
 from ..tower.scorer import TowerScorer, TowerScorerConfig
 from .checkpoints import last_checkpoint, save_scorer, saving
 from .grpo import make_grpo_trainer
@@ -85,7 +86,7 @@ def train_tower(
     finally:
         vlm.close()
     save_scorer(scorer, plan.output, config)
-    save_scorer(learner, plan.output / TOWER)
+    save_scorer(learner, plan.output / FOLDER)
     return learner.eval()
 
 

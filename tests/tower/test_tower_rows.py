@@ -10,13 +10,13 @@ from tower_reference import build_deep, by_content, watched
 from transformers import CLIPVisionConfig
 
 from grip_hf import GripConfig, apply_grip, remove_grip
-from grip_hf.engine.budgets import Budget
-from grip_hf.engine.context import Hook
+from grip_hf.engine.context import Budget, Hook
 from grip_hf.engine.keepsets import VisualBatch
 from grip_hf.errors import ConfigError, GripError, UnsupportedModelError
 from grip_hf.tower.drop import cut_argument
 from grip_hf.tower.facts import find_tower, first_without
 from grip_hf.tower.places import choose, cut_lengths, packed_places, shaped_places, square_places
+from grip_hf.tower.rows import drops_rows, rows_of
 from grip_hf.tower.selectors import TOWER_SELECTORS, equal_neighbours, get_tower_selector
 
 CPU = torch.device("cpu")
@@ -94,8 +94,8 @@ def test_masks_are_cut_in_all_their_forms():
     ],
 )
 def test_as_many_rows_stay_as_the_budget_may_ask_for(budget, shared, kept):
-    assert budget.rows([9, 15], shared) == kept
-    assert budget.drops_rows == (kept != [9, 15] or budget.most == 100)
+    assert rows_of(budget, [9, 15], shared) == kept
+    assert drops_rows(budget) == (kept != [9, 15] or budget.most == 100)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_it_is_saved_with_the_scorer_and_chooses_again(tmp_path):
     scorer = GripScorer(GripScorerConfig(hidden_size=32, width=8, attention_width=8)).eval()
     apply_grip(model, scorer=scorer, keep_ratio=0.25, tower_keep_ratio=0.5)
     assert model.grip._boundary.tower.selector.name == "distance"
-    model.grip.tower_scorer = make_tower_scorer()
+    model.grip.tower.scorer = make_tower_scorer()
     model.grip.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "tower" / "config.json").read_text())["model_type"] == "grip_tower_scorer"
     apply_grip(model, scorer=tmp_path)
@@ -341,7 +341,7 @@ def test_a_reference_model_drops_the_rows_of_its_policy(tmp_path):
     policy, reference, inputs = build_deep("llava"), build_deep("llava"), make_inputs("llava", PROMPTS)
     scorer = GripScorer(GripScorerConfig(hidden_size=32, width=8, attention_width=8)).eval()
     apply_grip(policy, scorer=scorer, keep_ratio=0.25, tower_keep_ratio=0.5)
-    policy.grip.tower_scorer = make_tower_scorer()
+    policy.grip.tower.scorer = make_tower_scorer()
     policy.grip.save_pretrained(tmp_path)
     apply_grip(policy, scorer=tmp_path)
     prune_like(reference, policy)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..engine.call import Call
+from ..engine.context import Budget, CallContext
+from ..engine.keepsets import spread_taps
+from ..engine.taps import attached_taps
+from ..engine.upstream import ENCODERS, encoded_outputs
 from ..errors import GripError
-from .budgets import Budget
-from .call import Call
-from .context import CallContext, all_taps
-from .grouping import spread_taps
-from .upstream import ENCODERS
+from .rows import drops_rows
 
 PREFIX = "tower."
 
@@ -26,10 +27,13 @@ def survivors(context: CallContext, call: Call, budget: Budget) -> Tensor | None
     Raises:
         GripError: The vision tower drops rows, and of these pictures it is not known which.
     """
-    taps = all_taps(context)
+    taps = context.taps.joined()
+    for output in encoded_outputs(context.arguments or {}):
+        for name, tap in attached_taps(output).items():
+            taps[name] = torch.cat([taps[name], tap]) if name in taps else tap
     found = [(encoder, taps[tap_of(encoder)]) for encoder in ENCODERS if tap_of(encoder) in taps]
     if not found:
-        if budget.drops_rows and context.boundary.tower is not None:
+        if drops_rows(budget):
             raise GripError(
                 "tower_keep_ratio drops rows of the vision tower, and which of these pictures' were is not known: "
                 "they were encoded before the model was patched, or a prefill was cut into chunks; give pixels, and "
