@@ -125,6 +125,7 @@ class FrozenVLM:
             )
             visual = share_tokens(own := one_row(seen, row), encoded[row].features)
             size = own.text.nbytes + own.tokens.nbytes * (visual is own) + 4 * len(answer) * self.vocabulary
+            size += sum(tap.nbytes for tap in own.taps.values())
             samples.append(Sample(inputs[row], encoded[row], visual, answer, size, example))
         return samples
 
