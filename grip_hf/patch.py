@@ -25,6 +25,7 @@ from .hub.adapter_part import AdapterPart, part_of, warn_if_it_differs
 from .hub.adapters import AdapterFiles
 from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
 from .hub.resolve import describe_base, resolve
+from .tower.part import TowerPart
 
 if TYPE_CHECKING:
     from .scorer.model import GripScorer
@@ -52,17 +53,21 @@ class GripHandle:
         self.scorer = scorer
         self._parts = parts
         compact = config.position_ids == "compact"
-        usual = Budget(config.keep_ratio, config.num_tokens)
+        usual = Budget(config.keep_ratio, config.num_tokens, tower_keep_ratio=config.tower_keep_ratio)
         self._boundary = Boundary(parts, selector, config.scope == "image", compact, usual, key=self)
         self._savers = (SaveWithGrip(self), AdapterFiles(self))
         self.adapters: dict[str, AdapterPart] = {}
+        self.tower = TowerPart(self._boundary, config)
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
         return f"GripHandle({type(self._parts.owner).__name__}, {self.config}{note})"
 
     def budget(
-        self, keep_ratio: float | Sequence[float] | None = None, num_tokens: int | Sequence[int] | None = None
+        self,
+        keep_ratio: float | Sequence[float] | None = None,
+        num_tokens: int | Sequence[int] | None = None,
+        tower_keep_ratio: float | str | None = None,
     ) -> AbstractContextManager[None]:
         """Use another budget within a `with` block, in this thread only.
 
@@ -72,11 +77,14 @@ class GripHandle:
         Args:
             keep_ratio: share of the visual tokens to keep, in (0, 1], or one per sample.
             num_tokens: number of visual tokens to keep, >= 1, or one per sample.
+            tower_keep_ratio: share of the vision tower's rows that stay, in (0, 1], or "auto"; None as it was. More
+                stay where the other budget needs more. Given alone, the other budget is as it was.
 
         Raises:
-            ConfigError: Not exactly one budget is given, or it is not allowed.
+            ConfigError: Not exactly one of the first two is given and not the third alone, or it is not allowed.
+            UnsupportedModelError: No rows can be dropped in this vision tower.
         """
-        return override(self, Budget.checked(keep_ratio, num_tokens))
+        return override(self, self.tower.budget(keep_ratio, num_tokens, tower_keep_ratio))
 
     def prompt(self, prompt: Tensor | Sequence[int]) -> AbstractContextManager[None]:
         """Say which tokens are the prompt within a `with` block, in this thread only: what is kept hangs on it alone.
@@ -165,13 +173,15 @@ class GripHandle:
             if scorer.config.base_model is None:
                 scorer.config.base_model = describe_base(self.owner)
             scorer.save_pretrained(folder)
+        self.tower.save(folder)
         self.config.to_json(os.path.join(folder, CONFIG_FILE))
         return True
 
     @property
     def can_be_saved(self) -> bool:
         """Whether the settings tell who chooses."""
-        return self.config.selector is not None and getattr(self.selector, "name", None) == self.config.selector
+        named = self.config.selector is not None and getattr(self.selector, "name", None) == self.config.selector
+        return named and self.tower.selector is None
 
     def remove(self) -> None:
         """Remove the patch; the model is exactly as before. Doing so twice is harmless."""
@@ -188,6 +198,7 @@ def apply_grip(
     *,
     scorer: GripScorer | str | os.PathLike[str] | None = None,
     selector: Score | str | None = None,
+    tower_selector: Score | str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -212,6 +223,8 @@ def apply_grip(
             folder or its Hub id in this place is deprecated.
         scorer: A `GripScorer`, or the folder or Hub id of what `model.grip.save_pretrained` wrote.
         selector: A selector's name, or any callable from `VisualBatch` to scores [G, N]. Overrides the config's.
+        tower_selector: The same for the rows of the vision tower, where `tower_keep_ratio` drops some (see
+            `grip_hf.tower.selectors`).
         revision: Branch, tag or commit of the Hub repository to read.
         token: Access token for the Hub; None takes the stored one.
         cache_dir: Another cache for downloads than the usual one.
@@ -231,6 +244,8 @@ def apply_grip(
     parts = _whole(find_parts(model))
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     adapter = part_of(model)
+    if isinstance(tower_selector, str):
+        overrides["tower_selector"] = tower_selector
     asked = resolve(parts, config, scorer, selector, overrides, hub, adapter)
     settings = asked.config
     if settings.position_ids == "compact" and parts.family.mrope:
@@ -246,7 +261,8 @@ def apply_grip(
         from .doctor.guard import vouch  # imported late: only then are tiny models needed
 
         vouch(parts.owner.config, prune)
-    handle = _attach(parts, settings, chosen, asked.scorer, asked.note)
+    rows = (tower_selector if callable(tower_selector) else None, asked.tower_scorer)
+    handle = _attach(parts, settings, chosen, asked.scorer, asked.note, rows)
     if adapter is not None:
         warn_if_it_differs(adapter, handle)
     return model
@@ -257,14 +273,24 @@ def prune(model: nn.Module, selector: Score, keep_ratio: float) -> GripHandle:
     return _attach(find_parts(model), GripConfig(keep_ratio=keep_ratio), selector, None)
 
 
-def _attach(parts: Parts, config: GripConfig, selector: Score, scorer: nn.Module | None, note: str = "") -> GripHandle:
-    """Put the patch on the model, in the place of an earlier one."""
+def _attach(
+    parts: Parts,
+    config: GripConfig,
+    selector: Score,
+    scorer: nn.Module | None,
+    note: str = "",
+    rows: tuple[Score | None, nn.Module | None] = (None, None),
+) -> GripHandle:
+    """Put the patch on the model, in the place of an earlier one; `rows` says what chooses those of the tower."""
     handle = GripHandle(parts, config, selector, scorer)
+    handle.tower.selector, handle.tower.scorer = rows
+    drops = handle.tower.make()
     handle.adapters.update(getattr(vars(parts.owner).get("grip"), "adapters", {}))
     hooks = list(_prepare(selector, parts))
     # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.
     remove_grip(parts.owner)
     handle._boundary.attach(hooks)
+    handle.tower.attach(drops)
     for saver in handle._savers:
         saver.attach()
     if note:

@@ -9,7 +9,7 @@ import typer
 
 from . import options
 from .loading import ModelChoice, load_examples
-from .screen import JsonFile, budget_list, failures, in_folder, quiet, say, split_list
+from .screen import JsonFile, budget_list, failures, in_folder, quiet, say, split_list, tower_choice
 
 
 def eval_command(
@@ -42,6 +42,9 @@ def eval_command(
     attn_implementation: options.Attention = None,
     on_bad_row: options.OnBadRow = "stop",
     force: options.Force = False,
+    tower_keep_ratio: options.TowerRatio = None,
+    tower_selector: options.TowerSelector = None,
+    tower_depth: options.TowerDepth = None,
     pocket_model: options.PocketModel = None,
     log_samples: Annotated[
         Path | None, typer.Option(callback=in_folder, help="Where to write every answer, a line of JSON each.")
@@ -68,13 +71,19 @@ def eval_command(
         loaded, processor = choice.load()
         chosen, left_out = choose_selectors(loaded, selectors and split_list(selectors), seed, pocket, force, testbed)
         facts: dict[str, Any] = {}
+        scorers = [name for name, one in chosen.items() if is_scorer(one)]
+        if (tower := tower_choice(tower_keep_ratio, tower_selector, tower_depth)) is not None:
+            from ..evaluation.towers import with_towers
+
+            facts["tower"] = {"keep_ratio": list(tower.ratios), "selector": tower.selector, "depth": tower.depth}
+            chosen = with_towers(chosen, tower, loaded, seed)
         if pocket:
             rows: Any = pocket_examples(examples, seed, testbed)
         else:
             wanted = (*TEST_SPLITS, *TRAIN_SPLITS)
             screened = load_examples(str(dataset), split, examples, seed, on_bad_row, wanted)
             rows = screened.examples
-            facts = {"dataset": dataset, "split": split, "columns": str(rows.format), "bad_rows": len(screened.bad)}
+            facts |= {"dataset": dataset, "split": split, "columns": str(rows.format), "bad_rows": len(screened.bad)}
         processes = PartialState()
         if left_out and processes.is_main_process:
             say(f"left out, since they cannot work with this model: {', '.join(left_out)}")
@@ -90,7 +99,6 @@ def eval_command(
         from .report import show, write_samples, write_table
 
         show(found)
-        scorers = [name for name, one in chosen.items() if is_scorer(one)]
         meta = {**choice.facts(), **facts, "examples": len(rows), "seed": seed, "selectors": list(chosen)}
         meta |= {"scorers": scorers, "budgets": asked, "max_new_tokens": max_new_tokens, "versions": versions()}
         if json_file is not None:

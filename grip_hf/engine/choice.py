@@ -57,7 +57,8 @@ def choose(context: CallContext, call: Call) -> Choice | None:
     """
     boundary = context.boundary
     budget = boundary.budget()
-    if budget.everything or budget.keep_ratio == 1:
+    alive = None if boundary.tower is None else boundary.tower.survivors(context, call, budget)
+    if (budget.everything or budget.keep_ratio == 1) and alive is None:
         return None
     _refuse_split_picture(call)
     question = read_question(context, call.visual, call.real, first=call.past_logical == 0)
@@ -68,7 +69,11 @@ def choose(context: CallContext, call: Call) -> Choice | None:
     image, positions = boundary.parts.family.layout(view)
     groups = group_tokens(call.visual, _group_key(question, image if boundary.per_image else None))
     wanted = _counts(budget, groups, call)
-    if wanted is None:
+    if alive is not None:  # counted of all tokens, chosen from those that have rows
+        totals = groups.mask.sum(1)
+        groups, both = groups.within(alive, torch.stack([totals if wanted is None else wanted, totals], 1))
+        wanted, totals = both.unbind(1)
+    elif wanted is None:
         if budget.most is not None:
             boundary.warn_once(
                 f"num_tokens={budget.most} keeps all visual tokens: the largest picture or sample has "
@@ -76,6 +81,7 @@ def choose(context: CallContext, call: Call) -> Choice | None:
             )
         return None
     batch = _visual_batch(groups, wanted, question, call, image, positions, _taps(context))
+    batch = batch if alive is None else dataclasses.replace(batch, totals=totals)
     return _ask(boundary.selector, groups, batch, question, call)
 
 
@@ -153,8 +159,8 @@ def _taps(context: CallContext) -> dict[str, Tensor]:
         GripError: It is not known: they were encoded without the patch, or cut into chunks since.
     """
     needs = getattr(context.boundary.selector, "needs", ())
-    if not needs and not context.boundary.tapped:
-        return {}
+    if (not needs and not context.boundary.tapped) or context.boundary.tower is not None:
+        return {}  # where the tower drops rows, no selector taps it
     encoded = upstream.encoded_outputs(context.arguments or {})
     taps = context.taps.joined()
     for output in encoded:
@@ -210,9 +216,11 @@ def _keys_before(call: Call) -> KeyMap:
 def last_call(step: Step, choice: Choice | None) -> LastCall:
     """What a step keeps, and what the selector said."""
     visual, held = step.call.visual, step.keep & step.call.real
+    total: list[int] = visual.sum(1).tolist()
     return LastCall(
         kept=[stays[seen].nonzero().flatten() for stays, seen in zip(held & visual, visual, strict=True)],
-        total=visual.sum(1).tolist(),
+        total=total,
+        candidates=total if choice is None else choice.groups.per_row(len(visual)),
         held=held,
         scores=None if choice is None else choice.scores,
         milliseconds=0.0 if choice is None else choice.milliseconds,

@@ -118,9 +118,11 @@ class Generation(CallContext):
 
     Attributes:
         prompt_ids: [B, P] long, what it was given.
+        prompt_mask: [B, P], 0 at padding, likewise.
     """
 
     prompt_ids: Tensor | None = None
+    prompt_mask: Tensor | None = None
 
 
 def forget_all() -> None:
@@ -129,10 +131,10 @@ def forget_all() -> None:
 
 
 @contextlib.contextmanager
-def generation(boundary: Boundary, prompt_ids: Tensor | None) -> Iterator[None]:
+def generation(boundary: Boundary, prompt_ids: Tensor | None, prompt_mask: Tensor | None = None) -> Iterator[None]:
     """Within the block, calls of a model belong to one `generate` with this prompt."""
     before = list(_thread.contexts)
-    _thread.contexts.append(Generation(boundary, prompt_ids=prompt_ids))
+    _thread.contexts.append(Generation(boundary, prompt_ids=prompt_ids, prompt_mask=prompt_mask))
     try:
         yield
     finally:
@@ -162,12 +164,14 @@ class Budget:
     Attributes:
         keep_ratio: a ratio in (0, 1], or a tuple with one per sample.
         num_tokens: a count >= 1, or a tuple with one per sample.
-        everything: True keeps all tokens, whatever the other two say.
+        everything: True keeps all tokens, whatever the others say.
+        tower_keep_ratio: share of the vision tower's rows that stay (see `rows`); None for all.
     """
 
     keep_ratio: float | tuple[float, ...] | None = None
     num_tokens: int | tuple[int, ...] | None = None
     everything: bool = False
+    tower_keep_ratio: float | str | None = None
 
     @classmethod
     def checked(cls, keep_ratio: Any = None, num_tokens: Any = None) -> Budget:

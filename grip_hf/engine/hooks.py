@@ -56,6 +56,7 @@ class Boundary:
         key: whose budgets and prompts count.
         leader: the patch whose count too, if another one is followed.
         tapped: True if the selector taps the vision tower.
+        tower: the part of the patch that drops rows within the vision tower, if any.
     """
 
     parts: Parts
@@ -66,6 +67,7 @@ class Boundary:
     key: object
     leader: Boundary | None = None
     tapped: bool = False
+    tower: Any = None
 
     def __post_init__(self) -> None:
         self.base_parameters = upstream.parameters(self.parts.base)
@@ -100,10 +102,26 @@ class Boundary:
             self._removable += hook_layers(language_model, self.selector)  # type: ignore[arg-type]
         methods: list[Any] = [Generate(owner, self)] if hasattr(type(owner), "generate") else []
         if selector_hooks:
-            methods += [Encode(base, name) for name in upstream.ENCODERS if hasattr(type(base), name)]
+            methods += self._encoders()
         for method in methods:
             method.attach()
         self._removable += methods
+
+    def attach_tower(self, hooks: list[Any], methods: list[Any]) -> None:
+        """Add hooks within the vision tower.
+
+        Args:
+            hooks: Their handles.
+            methods: What stands in for methods of the base model.
+        """
+        methods = [*self._encoders(), *methods]
+        for method in methods:
+            method.attach()
+        self._removable += [*hooks, *methods]
+
+    def _encoders(self) -> list[Any]:
+        base = self.parts.base
+        return [Encode(base, name) for name in upstream.ENCODERS if hasattr(type(base), name)]
 
     def remove(self) -> None:
         """Remove the hooks, those too that copies of modules carried to other places of the model."""

@@ -66,7 +66,7 @@ class Generate(InstanceMethod):
         given = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
         ids = given.get("input_ids")
         ids = given.get("inputs") if ids is None else ids
-        with generation(self.boundary, ids):
+        with generation(self.boundary, ids, given.get("attention_mask")):
             return self.own(*args, **kwargs)
 
 
@@ -75,7 +75,7 @@ class Encode(InstanceMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode as the model itself does."""
-        with encoding() as taps:
+        with encoding(self.name) as taps:
             output = self.own(*args, **kwargs)
         context = running()
         if context is not None:

@@ -25,6 +25,7 @@ from .facts import versions
 from .flops import prefill_flops
 from .paired import Bench, Timing, Variant
 from .shapes import Subject, get_shape, shaped
+from .towers import TowerChoice, goes_with_tower
 
 Round = dict[Variant, Timing]
 
@@ -42,6 +43,7 @@ def run_bench(
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
     depth_of: int | None = None,
+    tower: TowerChoice | None = None,
 ) -> dict[str, Any]:
     """Measure selectors at several budgets.
 
@@ -61,6 +63,7 @@ def run_bench(
         progress: Called with what is being done.
         depth_of: Layers of another model: selectors inside the language model drop at the shares of layers where they
             drop in that one, so that times can be joined with accuracies measured on it.
+        tower: At which shares of the vision tower's rows each selector is measured too.
 
     Returns:
         `setting` (what was run and where), `unpruned` and one entry of `rows` per selector and budget, all plain data.
@@ -85,8 +88,13 @@ def run_bench(
         model = shaped(model, batch, device, precision, attention, seed)
     built, place = model.model, model.inputs["input_ids"].device
     counts = list(dict.fromkeys(kept_of(model.tokens, budget) for budget in wanted))
-    bench = Bench(built, model.inputs, selectors, decode_tokens, seed, depth_of)
-    pruned = [Variant(name, count) for count in counts for name in bench.selectors]
+    bench = Bench(built, model.inputs, selectors, decode_tokens, seed, depth_of, tower)
+    pruned = [
+        Variant(name, count, share)
+        for count in counts
+        for name, one in bench.selectors.items()
+        for share in (None, *(tower.ratios if tower is not None and goes_with_tower(one) else ()))
+    ]
     variants = [Variant(), *(Variant(None, count) for count in counts), *pruned]
     found: list[Round] = []
     for number in range(rounds + 1):
@@ -149,7 +157,8 @@ def _row(rounds: list[Round], variant: Variant) -> dict[str, Any]:
         return median(value(one[variant], one[Variant()], one[floor]) for one in rounds)
 
     return {
-        "selector": variant.selector,
+        "selector": variant.name,
+        "tower_keep_ratio": variant.tower,
         "num_tokens": variant.num_tokens,
         **_medians(rounds, variant),
         "floor_prefill_ms": ratio(lambda mine, full, floor: floor.ms["prefill"]),

@@ -141,23 +141,30 @@ class Pruned:
 
     Args:
         selector: The selector.
+        **tower: Settings of `apply_grip` for the vision tower, which then encodes the pictures anew at each budget.
     """
 
-    def __init__(self, selector: Scores) -> None:
-        self.selector = selector
+    def __init__(self, selector: Scores, **tower: Any) -> None:
+        self.selector, self.tower = selector, tower
+
+    def _apply(self, model: Any) -> Any:
+        return apply_grip(model, num_tokens=1, selector=self.selector, **self.tower)
 
     def check(self, model: Any) -> None:
         """The selector must be able to work with the model."""
-        remove_grip(apply_grip(model, keep_ratio=0.5, selector=self.selector))
+        remove_grip(self._apply(model))
 
     def answers(self, prompts: Prompts, budgets: Sequence[Budget]) -> list[list[Answer]]:
         """Patch once, then ask at each budget."""
-        model: Any = apply_grip(prompts.vlm.model, keep_ratio=0.5, selector=self.selector)
+        model = self._apply(prompts.vlm.model)
+        shown = prompts.pictures
+        if self.tower:
+            shown = {"pixel_values": torch.cat(prompts.pixels).to(model.dtype)}
         found = []
         try:
             for budget in budgets:
                 with model.grip.budget(**as_setting(budget)):
-                    found.append(prompts.judged({**prompts.inputs, **prompts.pictures}))
+                    found.append(prompts.judged({**prompts.inputs, **shown}))
         finally:
             remove_grip(model)
         return found

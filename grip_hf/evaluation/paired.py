@@ -22,6 +22,7 @@ from ..selectors.inside import AtDepth, InsideSelector
 from .downsampling import DOWNSAMPLING, POOLED, check_square, downsample, pool
 from .memory import cache_bytes, peak_memory
 from .stopwatch import Stopwatch, TimedSelector, watched
+from .towers import TowerChoice, tower_label
 
 SHRINKERS = {DOWNSAMPLING: downsample, POOLED: pool}
 
@@ -32,11 +33,15 @@ class Variant:
 
     selector: str | None = None
     num_tokens: int | None = None
+    tower: float | str | None = None
+
+    @property
+    def name(self) -> str:
+        """The selector, and the share of the vision tower's rows."""
+        return tower_label(self.selector or "floor", self.tower)
 
     def __str__(self) -> str:
-        if self.num_tokens is None:
-            return "unpruned"
-        return f"{self.selector or 'floor'} {self.num_tokens}"
+        return "unpruned" if self.num_tokens is None else f"{self.name} {self.num_tokens}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Bench:
         decode_tokens: Steps to time after the first token.
         seed: Seed of the scorer's random weights.
         depth_of: Selectors inside the language model drop at the shares of layers where they do in a model of so many.
+        tower: What chooses rows of the vision tower; None takes none.
     """
 
     def __init__(
@@ -79,7 +85,9 @@ class Bench:
         decode_tokens: int,
         seed: int = 0,
         depth_of: int | None = None,
+        tower: TowerChoice | None = None,
     ) -> None:
+        self.tower = None if tower is None else tower.settings(model, seed)
         self.model, self.inputs, self.decode_tokens, self.depth_of = model, inputs, decode_tokens, depth_of
         self.cache_name = cache_name(find_parts(model).language_model)
         self.watch = Stopwatch(model.device)
@@ -108,7 +116,11 @@ class Bench:
         shrink = SHRINKERS.get(variant.selector or "")
         if variant.selector is not None and shrink is None:
             selector = TimedSelector(self.selectors[variant.selector], self.watch)
-            apply_grip(self.model, selector=selector, num_tokens=variant.num_tokens)
+            more: dict[str, Any] = {}
+            if variant.tower is not None and self.tower is not None:
+                own = TimedSelector(self.tower["tower_selector"], self.watch, "tower_selector")
+                more = {**self.tower, "tower_selector": own, "tower_keep_ratio": variant.tower}
+            apply_grip(self.model, selector=selector, num_tokens=variant.num_tokens, **more)
         try:
             with watched(self.model, self.watch), peak_memory(self.model.device) as peak:
                 token, cache = self._floor(floor) if floor else self._call(shrink, variant.num_tokens)

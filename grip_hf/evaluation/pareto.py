@@ -16,6 +16,7 @@ from ..selectors import SELECTORS
 from .budgets import kept_of
 from .downsampling import DOWNSAMPLING, POOLED
 from .metrics import MEAN, UNPRUNED
+from .towers import PLUS
 
 LEVELS = 501
 
@@ -114,12 +115,14 @@ def join(judged: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> list[
         if name == UNPRUNED:
             points.insert(0, Point(UNPRUNED, 1.0, total, row["accuracy"], whole))
             continue
-        timed_as, count = "grip" if name in known else name, kept_of(total, budget)
+        base, plus, share = name.partition(PLUS)
+        timed_as, count = ("grip" if base in known else base) + plus + share, kept_of(total, budget)
         found = measured.get((timed_as, count))
-        if found is None and (timed_as in SELECTORS or timed_as in (DOWNSAMPLING, POOLED)):
+        if found is None and (timed_as.partition(PLUS)[0] in SELECTORS or timed_as in (DOWNSAMPLING, POOLED)):
             raise ConfigError(
                 f"no time of {timed_as!r} at {count} tokens; get it by `grip-hf bench --model {model} --selectors "
-                f"{timed_as} --budgets {budget} --json FILE`, and give that file too"
+                f"{timed_as.partition(PLUS)[0]} --budgets {budget}{f' --tower-keep-ratio {share}' if plus else ''} "
+                "--json FILE`, and give that file too"
             )
         if found is not None:
             _check_depth(row, found, model)
