@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
@@ -21,10 +22,13 @@ from .engine.last import LastCall
 from .engine.layers import check_layers
 from .engine.question import told
 from .engine.upstream import check_language_model, is_untested
-from .errors import CacheError, ScorerError, UnsupportedModelError
+from .errors import CacheError, ConfigError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
 from .hub.checkpoint import CONFIG_FILE, SaveBesideAdapter, SaveWithGrip
 from .hub.resolve import describe_base, resolve
+from .quality.again import KEPT, LookAgain
+from .quality.promise import COMMAND, QUALITY_FILE, Calibration, Promise, check_made_for
+from .quality.subject import subject
 
 if TYPE_CHECKING:
     from .scorer.model import GripScorer
@@ -42,37 +46,87 @@ class GripHandle:
         selector: scores visual tokens.
         scorer: the learned scorer behind the selector, or None.
         note: what `apply_grip` decided because nothing was said, or "".
+        calibration: what is promised of its answers (see `grip_hf.quality`), or None.
     """
 
     note = ""
 
-    def __init__(self, parts: Parts, config: GripConfig, selector: Score, scorer: nn.Module | None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        config: GripConfig,
+        selector: Score,
+        scorer: nn.Module | None,
+        calibration: Calibration | None = None,
+    ) -> None:
         self.config = config
         self.selector = selector
         self.scorer = scorer
+        self.calibration = calibration
         self._parts = parts
-        compact = config.position_ids == "compact"
-        self._boundary = Boundary(parts, selector, config.scope == "image", compact, self._budget, key=self)
-        self._savers = (SaveWithGrip(self), SaveBesideAdapter(self))
+        compact, promised = config.position_ids == "compact", calibration is not None
+        self._boundary = Boundary(
+            parts, selector, config.scope == "image", compact, self._budget, key=self, encodes_once=promised
+        )
+        self._savers: tuple[Any, ...] = (SaveWithGrip(self), SaveBesideAdapter(self))
+        self._looks = (LookAgain(self),) if promised and hasattr(type(parts.owner), "generate") else ()
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
         return f"GripHandle({type(self._parts.owner).__name__}, {self.config}{note})"
 
     def _budget(self) -> Budget:
+        budget = self.asked()
+        if budget.quality is not None:
+            raise ConfigError(
+                f"quality={budget.quality} is promised of the answers of generate: a call of the model itself, as in "
+                "training, needs a budget: with model.grip.budget(keep_ratio=...), or model.grip.disabled()"
+            )
+        return budget
+
+    def asked(self) -> Budget:
+        """The budget of the call at hand, which may be a quality."""
         budget, leader = current(self), self._boundary.leader
         if budget is None and leader is not None:
-            return leader._budget()
+            asked: Budget = leader.asked()
+            return asked
         if budget is None and open_elsewhere(self):
             self._boundary.warn_once(
                 "a budget(...) or disabled() block is open in another thread and does not hold in this one. A thread "
                 "that was started inside the block takes it along by its context: "
                 "Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)"
             )
-        return budget or Budget(self.config.keep_ratio, self.config.num_tokens)
+        return budget or Budget(self.config.keep_ratio, self.config.num_tokens, quality=self.config.quality)
+
+    def promise(self, quality: float, rule: str | None = None) -> Promise:
+        """The ladder of budgets by which `generate` keeps a promise.
+
+        Args:
+            quality: The share of answers that are to be as with all visual tokens, in (0, 1).
+            rule: What an answer is judged by: "answer", all of it (the default); "first", its first token, for
+                streams.
+
+        Raises:
+            ConfigError: There is no calibration, or it is that of something else, or does not promise so much.
+        """
+        if self.calibration is None:
+            raise ConfigError(
+                f"quality={quality} needs a calibration, and none came with what chooses the tokens: run `{COMMAND} "
+                f"--quality {quality}` with --output FOLDER, then apply_grip(model, scorer=FOLDER, quality={quality})"
+            )
+        check_made_for(self.calibration, self._subject)
+        return self.calibration.promise(quality, rule)
+
+    @cached_property
+    def _subject(self) -> dict[str, Any]:
+        return subject(self.owner, describe_base(self.owner), self.config, self.scorer)
 
     def budget(
-        self, keep_ratio: float | Sequence[float] | None = None, num_tokens: int | Sequence[int] | None = None
+        self,
+        keep_ratio: float | Sequence[float] | None = None,
+        num_tokens: int | Sequence[int] | None = None,
+        quality: float | None = None,
+        rule: str | None = None,
     ) -> AbstractContextManager[None]:
         """Use another budget within a `with` block, in this thread only.
 
@@ -82,11 +136,16 @@ class GripHandle:
         Args:
             keep_ratio: share of the visual tokens to keep, in (0, 1], or one per sample.
             num_tokens: number of visual tokens to keep, >= 1, or one per sample.
+            quality: in their place, for `generate`: the share of answers that are to be as with all visual tokens.
+            rule: with a quality, what an answer is judged by; see `promise`.
 
         Raises:
-            ConfigError: Not exactly one budget is given, or it is not allowed.
+            ConfigError: Not exactly one budget is given, or it is not allowed, or not promised.
         """
-        return override(self, Budget.checked(keep_ratio, num_tokens))
+        asked = Budget.checked(keep_ratio, num_tokens, quality, rule)
+        if asked.quality is not None:
+            self.promise(asked.quality, rule)
+        return override(self, asked)
 
     def prompt(self, prompt: Tensor | Sequence[int]) -> AbstractContextManager[None]:
         """Say which tokens are the prompt within a `with` block, in this thread only: what is kept hangs on it alone.
@@ -165,7 +224,7 @@ class GripHandle:
         return push(self, repo_id, **options)
 
     def save_part(self, folder: str | os.PathLike[str]) -> bool:
-        """Write the settings and the scorer, without a card; False, with a warning, if they cannot be saved."""
+        """Write settings, scorer and calibration, without a card; False, with a warning, if they cannot be saved."""
         if not self.can_be_saved:
             warnings.warn("a selector that is a callable is not saved with the model", UserWarning, stacklevel=2)
             return False
@@ -176,6 +235,8 @@ class GripHandle:
                 scorer.config.base_model = describe_base(self.owner)
             scorer.save_pretrained(folder)
         self.config.to_json(os.path.join(folder, CONFIG_FILE))
+        if self.calibration is not None:
+            self.calibration.save(folder)
         return True
 
     @property
@@ -185,9 +246,9 @@ class GripHandle:
 
     def remove(self) -> None:
         """Remove the patch; the model is exactly as before. Doing so twice is harmless."""
+        for method in (*self._looks, *self._savers):
+            method.remove()
         self._boundary.remove()
-        for saver in self._savers:
-            saver.remove()
         if self._parts.owner.__dict__.get("grip") is self:
             del self._parts.owner.grip
 
@@ -198,6 +259,7 @@ def apply_grip(
     *,
     scorer: GripScorer | str | os.PathLike[str] | None = None,
     selector: Score | str | None = None,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -221,6 +283,8 @@ def apply_grip(
             folder or its Hub id in this place is deprecated.
         scorer: A `GripScorer`, or the folder or Hub id of what `model.grip.save_pretrained` wrote.
         selector: A selector's name, or any callable from `VisualBatch` to scores [G, N]. Overrides the config's.
+        calibration: What is promised of the answers, or the folder of its `quality.json`; None takes the one beside
+            the scorer, if there is one. It is needed for `quality=...`.
         revision: Branch, tag or commit of the Hub repository to read.
         token: Access token for the Hub; None takes the stored one.
         cache_dir: Another cache for downloads than the usual one.
@@ -247,6 +311,16 @@ def apply_grip(
             "axes; use position_ids='original'"
         )
     chosen = selector if callable(selector) else _named_selector(settings, asked.scorer)
+    promised = _calibration(calibration, asked.folder, settings)
+    trial = GripHandle(parts, settings, chosen, asked.scorer, promised)
+    if settings.quality is not None:
+        trial.promise(settings.quality)
+    if promised is not None and getattr(chosen, "inside", False):
+        if settings.quality is not None:
+            raise UnsupportedModelError(
+                f"quality is not defined for selectors that drop tokens within the language model, got {chosen!r}"
+            )
+        promised = None
     check_language_model(parts.language_model)
     if getattr(chosen, "inside", False):
         check_layers(parts.language_model, chosen)  # type: ignore[arg-type]
@@ -254,8 +328,25 @@ def apply_grip(
         from .doctor.guard import vouch  # imported late: only then are tiny models needed
 
         vouch(parts.owner.config, prune)
-    _attach(parts, settings, chosen, asked.scorer, asked.note)
+    _attach(parts, settings, chosen, asked.scorer, asked.note, promised)
     return model
+
+
+def _calibration(given: Any, folder: str | None, settings: GripConfig) -> Calibration | None:
+    """The calibration that is given, or lies beside what chooses; a damaged one raises only where it is needed."""
+    if isinstance(given, Calibration):
+        return given
+    if given is not None:
+        return Calibration.load(given)
+    if folder is None or not os.path.isfile(os.path.join(folder, QUALITY_FILE)):
+        return None
+    try:
+        return Calibration.load(folder)
+    except ConfigError as error:
+        if settings.quality is not None:
+            raise
+        warnings.warn(str(error), UserWarning, stacklevel=3)
+        return None
 
 
 def prune(model: nn.Module, selector: Score, keep_ratio: float) -> GripHandle:
@@ -263,15 +354,22 @@ def prune(model: nn.Module, selector: Score, keep_ratio: float) -> GripHandle:
     return _attach(find_parts(model), GripConfig(keep_ratio=keep_ratio), selector, None)
 
 
-def _attach(parts: Parts, config: GripConfig, selector: Score, scorer: nn.Module | None, note: str = "") -> GripHandle:
+def _attach(
+    parts: Parts,
+    config: GripConfig,
+    selector: Score,
+    scorer: nn.Module | None,
+    note: str = "",
+    calibration: Calibration | None = None,
+) -> GripHandle:
     """Put the patch on the model, in the place of an earlier one."""
-    handle = GripHandle(parts, config, selector, scorer)
+    handle = GripHandle(parts, config, selector, scorer, calibration)
     hooks = list(_prepare(selector, parts))
     # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.
     remove_grip(parts.owner)
     handle._boundary.attach(hooks)
-    for saver in handle._savers:
-        saver.attach()
+    for method in (*handle._savers, *handle._looks):
+        method.attach()
     if note:
         handle.note = note
         logger.warning("%s", note)
@@ -299,6 +397,8 @@ def _whole(parts: Parts) -> Parts:
 def kept_tokens(cache_or_output: Any) -> list[Tensor]:
     """See `GripHandle.kept_tokens`."""
     cache = cache_or_output
+    if isinstance(kept := getattr(cache, KEPT, None), list):
+        return list(kept)  # rows that were looked at at several budgets have no cache in common
     if not hasattr(cache, "get_seq_length"):
         cache = returned(cache) if isinstance(cache, Mapping) else None
     state = state_of(cache)

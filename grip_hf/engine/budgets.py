@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from ..config import check_keep_ratio, check_num_tokens, check_one_budget, count_kept
+from ..config import check_keep_ratio, check_num_tokens, check_one_budget, check_quality, count_kept
 from ..errors import ConfigError
 
 
@@ -20,17 +20,28 @@ class Budget:
     Attributes:
         keep_ratio: a ratio in (0, 1], or a tuple with one per sample.
         num_tokens: a count >= 1, or a tuple with one per sample.
-        everything: True keeps all tokens, whatever the other two say.
+        everything: True keeps all tokens, whatever the others say.
+        quality: in their place, the share of answers that are to be as with all tokens: `generate` turns it into
+            budgets (see `grip_hf.quality`).
+        rule: for a quality, when an answer is looked at for doubt, or None.
     """
 
     keep_ratio: float | tuple[float, ...] | None = None
     num_tokens: int | tuple[int, ...] | None = None
     everything: bool = False
+    quality: float | None = None
+    rule: str | None = None
 
     @classmethod
-    def checked(cls, keep_ratio: Any = None, num_tokens: Any = None) -> Budget:
+    def checked(
+        cls, keep_ratio: Any = None, num_tokens: Any = None, quality: Any = None, rule: str | None = None
+    ) -> Budget:
         """Validate a budget given by a user; raise `ConfigError` if it is not allowed."""
-        check_one_budget(keep_ratio, num_tokens)
+        check_one_budget(keep_ratio, num_tokens, quality)
+        if quality is not None:
+            return cls(quality=check_quality(quality), rule=rule)
+        if rule is not None:
+            raise ConfigError(f"rule={rule!r} goes with quality, not with another budget")
         if keep_ratio is not None:
             return cls(keep_ratio=_each(keep_ratio, check_keep_ratio, "keep_ratio"))
         return cls(num_tokens=_each(num_tokens, check_num_tokens, "num_tokens"))

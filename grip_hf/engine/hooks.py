@@ -45,6 +45,7 @@ class Boundary:
         budget: gives the budget of the call at hand.
         key: whose budgets and prompts count.
         leader: whose count too, if another patch is followed.
+        encodes_once: True if pictures may be encoded once for several calls of `generate`.
     """
 
     parts: Parts
@@ -54,6 +55,7 @@ class Boundary:
     budget: Callable[[], Budget]
     key: object
     leader: Any = None
+    encodes_once: bool = False
 
     def __post_init__(self) -> None:
         self.base_parameters = upstream.parameters(self.parts.base)
@@ -86,7 +88,7 @@ class Boundary:
         if getattr(self.selector, "inside", False):
             self._removable += hook_layers(language_model, self.selector)  # type: ignore[arg-type]
         methods: list[Any] = [Generate(owner, self)] if hasattr(type(owner), "generate") else []
-        if selector_hooks:
+        if selector_hooks or self.encodes_once:
             methods += [Encode(base, name) for name in upstream.ENCODERS if hasattr(type(base), name)]
         for method in methods:
             method.attach()

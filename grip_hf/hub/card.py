@@ -104,7 +104,6 @@ def make_card(handle: Any, facts: Facts, repo: str | None = None, old: str | Non
         tags=list(TAGS),
         **_metrics(facts, repo),
     )
-    ratio = f"{config.keep_ratio:.0%}" if config.keep_ratio is not None else f"{config.num_tokens}"
     fresh = ModelCard.from_template(
         data,
         template_str=template_text(),
@@ -116,7 +115,7 @@ def make_card(handle: Any, facts: Facts, repo: str | None = None, old: str | Non
         else f"a `{kind}` model"
         if kind
         else "any model",
-        budget=f"{ratio} of the visual tokens" if config.keep_ratio is not None else f"{ratio} visual tokens",
+        budget=_budget(config),
         scorer=_describe(scorer),
         selector=config.selector,
         version=__version__,
@@ -147,6 +146,15 @@ def _refreshed(card: ModelCard, fresh: ModelCard, keep: set[str]) -> ModelCard:
         data.eval_results = [*others, *new.eval_results]
         data.model_name = data.get("model_name") or new.model_name
     return card
+
+
+def _budget(config: Any) -> str:
+    """The budget of settings in words."""
+    if config.quality is not None:
+        return f"as many visual tokens as {config.quality:.1%} of the answers need"
+    if config.keep_ratio is not None:
+        return f"{config.keep_ratio:.0%} of the visual tokens"
+    return f"{config.num_tokens} visual tokens"
 
 
 def _describe(scorer: Any) -> str:

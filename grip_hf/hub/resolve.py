@@ -29,11 +29,13 @@ class Resolved:
         config: The settings, with the name of the selector; None if a callable chooses.
         scorer: The learned scorer, if it chooses.
         note: What was decided for the user, for the log and the handle's `repr`; "" if nothing was.
+        folder: Where what chooses came from, if it came from a folder.
     """
 
     config: GripConfig
     scorer: nn.Module | None = None
     note: str = ""
+    folder: str | None = None
 
 
 def resolve(
@@ -65,9 +67,11 @@ def resolve(
     GripConfig.check_names(overrides)
     given = overrides.get("selector") or (config.selector if config is not None else None)
     saved: GripConfig | None = None
+    folder: str | None = None
     if isinstance(scorer, (str, os.PathLike)):
         asked = scorer
-        saved, scorer = _load(_folder(parts, scorer, hub, force))
+        folder = _folder(parts, scorer, hub, force)
+        saved, scorer = _load(folder)
         if scorer is None and saved is None:
             raise ScorerError(f"{os.fspath(asked)!r} holds no GRIP scorer")
     elif scorer is not None and not isinstance(scorer, nn.Module):
@@ -81,14 +85,16 @@ def resolve(
         attached = attached_folder(parts.owner, **hub)
         if attached is not None:
             saved, scorer = _load(attached)
+            folder = attached
     if config is None and saved is None and not overrides:
         raise ConfigError(
-            "apply_grip(model) needs a budget: give a GripConfig, keep_ratio=... or num_tokens=..., or the scorer=... "
-            f"whose settings were saved with it; the checkpoint of this model ({came_from(parts.owner)!r}) has no "
+            "apply_grip(model) needs a budget: give a GripConfig, keep_ratio=..., num_tokens=... or quality=..., or the "
+            f"scorer=... whose settings were saved with it; the checkpoint of this model ({came_from(parts.owner)!r}) has no "
             "GRIP part"
         )
     check_scorer(parts, scorer, force)
-    return _decided(config, saved, scorer, selector, overrides)
+    folder = folder or getattr(getattr(scorer, "config", None), "_name_or_path", None) or None
+    return dataclasses.replace(_decided(config, saved, scorer, selector, overrides), folder=folder)
 
 
 def old_spelling(config: Any, scorer: Any) -> tuple[GripConfig | None, Any]:

@@ -1,0 +1,53 @@
+"""Of what a promise is made: the model, and what chooses its tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import GripConfig
+
+
+def subject(model: Any, base: Mapping[str, Any], config: GripConfig, scorer: nn.Module | None) -> dict[str, Any]:
+    """What must be the same for a promise to hold, as plain data.
+
+    Args:
+        model: The model.
+        base: What it is called, and its types, as scorers remember them.
+        config: The settings of its patch.
+        scorer: The learned scorer behind the selector, or None.
+    """
+    text = model.config.get_text_config()
+    return {
+        "model": base.get("id"),
+        "model_type": base.get("model_type"),
+        "text_model_type": base.get("text_model_type"),
+        "hidden_size": text.hidden_size,
+        "layers": text.num_hidden_layers,
+        "vocabulary": text.vocab_size,
+        "selector": config.selector,
+        "selector_kwargs": {name: value for name, value in config.selector_kwargs.items() if name != "scorer"},
+        "scorer": None if scorer is None else fingerprint(scorer),
+        "scope": config.scope,
+        "position_ids": config.position_ids,
+        "seed": config.seed,
+    }
+
+
+def fingerprint(scorer: nn.Module) -> str:
+    """What tells the weights of a scorer from all others, in whichever precision they lie."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(scorer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(str(tuple(weight.shape)).encode())
+        digest.update(_bytes(weight))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(weight: Tensor) -> bytes:
+    # bfloat16 holds the leading bits of float32, so that a scorer beside a model in half precision is the same.
+    return weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
