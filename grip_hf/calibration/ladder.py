@@ -10,7 +10,7 @@ Testing", Laufer-Goldshtein et al., arXiv 2210.07913).
 from __future__ import annotations
 
 import dataclasses
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,15 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a policy makes of rows, each [rows]: loss, visual tokens of the answer, tokens and seconds of all looks,
-    and the number of looks."""
+    """What a policy makes of rows.
+
+    Attributes:
+        losses: [rows] of the answers.
+        kept: [rows] visual tokens behind the answers.
+        tokens: [rows] those of all looks together.
+        seconds: [rows] of all looks.
+        looks: [rows] their numbers.
+    """
 
     losses: Array
     kept: Array
@@ -142,7 +149,7 @@ def _policies(rows: Answered, rungs: tuple[int, ...]) -> list[tuple[float, float
     open_ = np.ones((1, number), dtype=bool)
     losses, costs = np.zeros((1, number)), np.full((1, number), rows.seconds[rungs[0]])
     chosen: list[tuple[float, ...]] = [()]
-    for rung, following in zip(rungs, rungs[1:], strict=False):
+    for rung, following in pairwise(rungs):
         levels = np.unique(np.quantile(rows.confidences[rung], SHARES, method="higher"))
         sure = (rows.confidences[rung][None] >= levels[:, None]) | rows.whole[rung][None]
         done = open_[:, None] & sure[None]

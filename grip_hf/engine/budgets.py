@@ -95,15 +95,22 @@ _stack: ContextVar[tuple[tuple[object, Budget], ...]] = ContextVar("grip_budgets
 
 
 @contextlib.contextmanager
-def override(owner: object, budget: Budget) -> Iterator[None]:
-    """Use `budget` for the model that `owner` belongs to within this block, in this thread."""
+def override(owner: object, budget: Budget, told: bool = True) -> Iterator[None]:
+    """Use `budget` for the model that `owner` belongs to within this block, in this thread.
+
+    Args:
+        owner: Whose.
+        budget: It.
+        told: Whether other threads are told that it does not hold in them; not if nobody but this library asked.
+    """
     token = _stack.set((*_stack.get(), (owner, budget)))
-    block = (owner, threading.get_ident())
-    _open_blocks.append(block)
+    blocks = [(owner, threading.get_ident())] if told else []
+    _open_blocks.extend(blocks)
     try:
         yield
     finally:
-        _open_blocks.remove(block)
+        for block in blocks:
+            _open_blocks.remove(block)
         _stack.reset(token)
 
 

@@ -88,9 +88,9 @@ def resolve(
             folder = attached
     if config is None and saved is None and not overrides:
         raise ConfigError(
-            "apply_grip(model) needs a budget: give a GripConfig, keep_ratio=..., num_tokens=... or quality=..., or the "
-            f"scorer=... whose settings were saved with it; the checkpoint of this model ({came_from(parts.owner)!r}) has no "
-            "GRIP part"
+            "apply_grip(model) needs a budget: give a GripConfig, keep_ratio=..., num_tokens=... or quality=..., or "
+            "the scorer=... whose settings were saved with it; the checkpoint of this model "
+            f"({came_from(parts.owner)!r}) has no GRIP part"
         )
     check_scorer(parts, scorer, force)
     folder = folder or getattr(getattr(scorer, "config", None), "_name_or_path", None) or None

@@ -41,7 +41,7 @@ class LookAgain(InstanceMethod):
         if asked.quality is None:
             return self.own(*args, **kwargs)
         given = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
-        rule = asked.rule or (FIRST if given.get("streamer") is not None else ANSWER)
+        rule = asked.rule or (FIRST if given.get("streamer") is not None else None)
         promise = self.handle.promise(asked.quality, rule)
         return Ladder(self, given, promise).answer()
 
@@ -70,7 +70,7 @@ class Ladder:
     def answer(self) -> Any:
         """What `generate` gives."""
         if not has_pictures(self.given):
-            with override(self.handle, Budget(everything=True)):
+            with override(self.handle, Budget(everything=True), told=False):
                 return self.own(**self.given)
         looks: list[Look] = []
         pending = list(range(len(self.given[self.ids_name])))
@@ -100,7 +100,7 @@ class Ladder:
         if "streamer" in arguments:
             arguments["streamer"] = Held(arguments["streamer"], doubt, first=memory is None)
         arguments = generation.with_dict(arguments)
-        with override(self.handle, budget(rung)):
+        with override(self.handle, budget(rung), told=False):
             output = self.own(**arguments)
         last = self.handle.last
         ends, pad = generation.ends(self.model, self.given), generation.padding(self.model, self.given)
@@ -184,8 +184,8 @@ def check_call(model: Any, given: dict[str, Any], promise: Promise, calibration:
     if others:
         told = ", ".join(f"{name}={value!r}" if _short(value) else name for name, value in others.items())
         raise ConfigError(
-            f"a quality is promised for greedy decoding of one answer per prompt, not with {told}: say do_sample=False, "
-            "num_beams=1, or choose a budget by keep_ratio or num_tokens"
+            f"a quality is promised for greedy decoding of one answer per prompt, not with {told}: say "
+            "do_sample=False, num_beams=1, or choose a budget by keep_ratio or num_tokens"
         )
     if given.get("streamer") is not None and promise.rule != FIRST:
         raise ConfigError(
@@ -196,11 +196,7 @@ def check_call(model: Any, given: dict[str, Any], promise: Promise, calibration:
     most = generation.new_tokens(model, given, given["input_ids" if "input_ids" in given else "inputs"].shape[1])
     seen = calibration.max_new_tokens
     if most != seen and (calibration.cut or most < calibration.longest):
-        why = (
-            "some of whose answers were cut off there"
-            if calibration.cut
-            else f"the longest took {calibration.longest}"
-        )
+        why = "some of whose answers were cut off" if calibration.cut else f"the longest took {calibration.longest}"
         raise ConfigError(
             f"max_new_tokens={most} is not what was calibrated: {seen}, {why}. Use that, or run `{COMMAND} "
             f"--max-new-tokens {most}`"

@@ -30,7 +30,7 @@ class Doubt(LogitsProcessor):
             first token.
     """
 
-    def __init__(self, rule: str, threshold: float | None, whole: Callable[[], list[bool]] = lambda: []) -> None:
+    def __init__(self, rule: str, threshold: float | None, whole: Callable[[], list[bool]] = list) -> None:
         self.rule, self.whole = rule, whole
         self.limit = None if threshold is None else math.log(threshold) if threshold > 0 else -math.inf
         self.steps: list[Tensor] = []
@@ -65,14 +65,14 @@ class Doubt(LogitsProcessor):
             self._safe = torch.tensor(safe, device=self._sum.device)
         return ~(self._sum >= self.limit) & ~self._safe
 
-    def log_probs(self, lengths: list[int]) -> list[float]:
-        """Per row the logarithm of its confidence, with so many tokens written.
+    def log_probs(self, lengths: list[int], rule: str | None = None) -> list[float]:
+        """Per row the logarithm of its confidence, with so many tokens written, by another rule if one is given.
 
         Raises:
             GripError: A probability is NaN.
         """
         steps = torch.stack(self.steps).double().cpu()  # [steps, B]
-        counts = [1 if self.rule == FIRST else length for length in lengths]
+        counts = [1 if (rule or self.rule) == FIRST else length for length in lengths]
         found = [float(steps[:count, row].sum()) for row, count in enumerate(counts)]
         if any(math.isnan(one) for one in found):
             bad = [row for row, one in enumerate(found) if math.isnan(one)]

@@ -80,17 +80,11 @@ def join(looks: Sequence[Look], prompt: int, pad: int | None) -> Any:
     if len(ends) == 1 and len(first.rows) == len(places):
         return first.output
     longest = max(looks[number].lengths[place] for number, place in places)
-    whole = torch.stack(
-        [
-            _fit(
-                looks[number].output.sequences[place],
-                prompt + looks[number].lengths[place],
-                prompt + longest,
-                pad or 0,
-            )
-            for number, place in places
-        ]
-    )
+    rows = []
+    for number, place in places:
+        look = looks[number]
+        rows.append(_fit(look.output.sequences[place], prompt + look.lengths[place], prompt + longest, pad or 0))
+    whole = torch.stack(rows)
     output = first.output
     for name in CACHE_NAMES:
         if name in output:
@@ -118,7 +112,7 @@ def _step(looks: Sequence[Look], places: Sequence[tuple[int, int]], name: str, s
 
 
 def join_last(looks: Sequence[Look], prompt: int) -> LastLook:
-    """What the calls kept, row by row; scores [B, tokens], 0 where a look asked for none, if each row has one group."""
+    """What the calls kept, row by row; scores [B, tokens] if each row has one group, 0 where a look asked for none."""
     places = standing(looks)
     lasts = [(looks[number].last, place) for number, place in places]
     scores = [_scores(last, place) for last, place in lasts]

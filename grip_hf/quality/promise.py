@@ -1,4 +1,4 @@
-"""What a calibration promises, of whom, on what grounds: `quality.json` beside a scorer or the settings of a selector."""
+"""What a calibration promises, of whom, on what grounds: `quality.json` beside a scorer or a selector's settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..config import check_keep_ratio, check_num_tokens, check_quality
 from ..engine.budgets import Budget
 from ..errors import ConfigError
 from ..files import write_json
-from .doubt import ANSWER, RULES
+from .doubt import ANSWER, FIRST, RULES
 
 QUALITY_FILE = "quality.json"
 FORMAT = 1
@@ -103,12 +103,12 @@ class Calibration:
 
         Args:
             quality: The agreement that is wanted.
-            rule: By which rule; None takes the whole answer.
+            rule: By which rule; None takes the whole answer, where that was calibrated.
 
         Raises:
             ConfigError: There is none; the message names those that there are.
         """
-        rule = rule or ANSWER
+        rule = rule or (ANSWER if any(one.rule == ANSWER for one in self.promises) else FIRST)
         if rule not in RULES:
             raise ConfigError(f"rule must be one of {RULES}, got {rule!r}")
         mine = sorted((one for one in self.promises if one.rule == rule), key=lambda one: one.quality)
@@ -159,9 +159,7 @@ class Calibration:
         )
         for row in data["curve"]:
             budget(row["budget"])
-            if not all(
-                isinstance(row[name], (int, float)) and math.isfinite(row[name]) for name in ("agreement", "tokens")
-            ):
+            if not all(math.isfinite(row[name]) for name in ("agreement", "tokens")):
                 raise ConfigError(f"a row of the curve has no agreement or tokens: {row}")
         return cls(**{**data, "promises": promises, "curve": tuple(data["curve"])})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def spans(items: Sequence[int], per_row: Sequence[int]) -> Spans | None:
         return None
     # Rows without pictures come between items; the first border of a size is as good as any, sizes being positive.
     places = [ends[border] for border in borders]
-    return list(zip(places, places[1:], strict=False))
+    return list(pairwise(places))
 
 
 def chosen(span: Spans, rows: Sequence[int]) -> list[int]:
