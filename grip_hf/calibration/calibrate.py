@@ -80,6 +80,21 @@ def check_rows(rows: int, quality: float, confidence: float, share: float = SHAR
         )
 
 
+def check_asked(
+    rows: int, qualities: Sequence[float], confidence: float, rules: Sequence[str], unit: str | Agreement
+) -> list[float]:
+    """The qualities in order, if they can be promised at all; raises what `calibrate` raises."""
+    if isinstance(confidence, bool) or not 0 < confidence < 1:
+        raise ConfigError(f"confidence must be a number in (0, 1), such as 0.95, got {confidence!r}")
+    unknown = sorted(set(rules) - set(RULES))
+    if unknown or not rules or not qualities:
+        raise ConfigError(f"give at least one quality, and rules of {RULES}, got {list(qualities)} and {list(rules)}")
+    agreement_of(unit)
+    wanted = sorted({check_quality(one) for one in qualities})
+    check_rows(rows, wanted[-1], confidence)
+    return wanted
+
+
 def calibrate(
     seen: Observed,
     made_for: Mapping[str, Any],
@@ -111,14 +126,7 @@ def calibrate(
         ConfigError: An argument is not allowed.
         DatasetError: There are too few rows; the message says how many are needed.
     """
-    if isinstance(confidence, bool) or not 0 < confidence < 1:
-        raise ConfigError(f"confidence must be a number in (0, 1), such as 0.95, got {confidence!r}")
-    unknown = sorted(set(rules) - set(RULES))
-    if unknown or not rules or not qualities:
-        raise ConfigError(f"give at least one quality, and rules of {RULES}, got {list(qualities)} and {list(rules)}")
-    wanted = sorted({check_quality(one) for one in qualities})
-    for quality in wanted:
-        check_rows(len(seen), quality, confidence)
+    wanted = check_asked(len(seen), qualities, confidence, rules, unit)
     name, agreement = agreement_of(unit)
     order = np.random.default_rng(seed).permutation(len(seen))
     first = round(SHARE * len(seen))

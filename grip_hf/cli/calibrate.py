@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -66,17 +67,15 @@ def calibrate(
     quiet()
     from accelerate import PartialState
 
-    from ..calibration.calibrate import agreement_of, check_rows
     from ..calibration.calibrate import calibrate as run
-    from ..config import check_quality
+    from ..calibration.calibrate import check_asked
     from ..files import check_folder, write_json
+    from ..quality.shown import curve, promises
     from .folder import place_of, save
 
     with failures():
         place = check_folder(place_of(output, scorer))
-        agreement_of(unit)
-        for one in wanted:
-            check_rows(examples, check_quality(one), confidence)
+        check_asked(examples, wanted, confidence, rules, unit)
         seen, made_for, facts = subject.observe(asked, batch_size, max_new_tokens, metric)
         processes = PartialState()
         if processes.num_processes > 1:
@@ -86,52 +85,7 @@ def calibrate(
         found = run(seen, made_for, wanted, confidence, rules, unit, max_new_tokens, seed, facts)
         save(subject, found, place)
         console.print(promises(found).rich())
-        console.print(budgets_table(found).rich())
+        console.print(curve(found).rich())
         if json_file is not None:
-            import dataclasses
-
             write_json(json_file, dataclasses.asdict(found))
         say(f"the calibration is in {place}: apply_grip(model, scorer={str(place)!r}, quality={wanted[-1]:g})")
-
-
-def promises(found: Any) -> Any:
-    """The promises of a calibration as a table."""
-    from ..evaluation.budgets import label
-    from ..tables import Column, Table
-
-    rows = [
-        {
-            **vars(one),
-            "ladder": " > ".join(map(label, one.ladder)),
-            "thresholds": ", ".join(f"{limit:.3f}" for limit in one.thresholds) or None,
-        }
-        for one in found.promises
-    ]
-    columns = (
-        Column("promise", "quality", "{:.1%}"),
-        Column("rule", "rule", left=True),
-        Column("ladder", "ladder", left=True),
-        Column("again below", "thresholds", left=True),
-        Column("mean tokens", "tokens", "{:.1f}"),
-        Column("looked again", "again", "{:.1%}"),
-        Column("agreement", "agreement", "{:.2%}"),
-    )
-    first = found.promises[0]
-    title = f"promised with {first.confidence:.0%} confidence each; seen on the {first.rows} rows that tested them"
-    return Table(columns, rows, title)
-
-
-def budgets_table(found: Any) -> Any:
-    """The curve of a calibration as a table."""
-    from ..evaluation.budgets import label
-    from ..tables import Column, Table
-
-    columns = (
-        Column("one budget for all", "budget", label),
-        Column("mean tokens", "tokens", "{:.1f}"),
-        Column("agreement", "agreement", "{:.2%}"),
-        Column("at least", "at_least", "{:.2%}"),
-        Column("accuracy", "accuracy", "{:.2%}"),
-        Column("ms per answer", "ms", "{:.1f}"),
-    )
-    return Table(columns, list(found.curve), f"{found.data['rows']} rows, unit: {found.unit}")

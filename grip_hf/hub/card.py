@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
 from ..errors import ConfigError
+from ..quality.shown import describe
 from ..tables import pivot
 from ..version import __version__
 from .run import left_by_training
@@ -119,6 +120,7 @@ def make_card(handle: Any, facts: Facts, repo: str | None = None, old: str | Non
         scorer=_describe(scorer),
         selector=config.selector,
         version=__version__,
+        promise=describe(handle.calibration),
         results=_markdown(facts) if facts.results is not None else NOT_SAID["results"],
         training=facts.training or NOT_SAID["training"],
         picture=NOT_SAID["picture"] if facts.picture is None else f"![visual tokens that stay]({PICTURE})",
