@@ -9,6 +9,7 @@ from rich.table import Table
 from grip_hf.cli import options
 from grip_hf.cli.bench import bench
 from grip_hf.cli.calibrate import calibrate
+from grip_hf.cli.curve import curve
 from grip_hf.cli.doctor import doctor
 from grip_hf.cli.eval import evaluate
 from grip_hf.cli.pareto import pareto
@@ -44,6 +45,7 @@ def main(
 
 app.command("bench")(bench)
 app.command("calibrate")(calibrate)
+app.command("curve")(curve)
 app.command("doctor")(doctor)
 app.command("eval")(evaluate)
 app.command("pareto")(pareto)

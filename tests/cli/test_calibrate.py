@@ -107,3 +107,18 @@ def test_errors_come_before_any_work(tmp_path, monkeypatch, change, said):
 def test_it_must_be_said_where_to_write():
     done = run(*FEW)
     assert done.exit_code != 0 and "give --output FOLDER" in " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.mark.slow
+def test_the_curve(tmp_path):
+    pytest.importorskip("matplotlib")
+    picture, file = tmp_path / "curve.png", tmp_path / "curve.json"
+    done = run(
+        "curve", "--pocket", "--examples", "60", "--quality", "0.8", "--budgets", "0.05,0.25", "--rounds", "2",
+        "--output", picture, "--json", file, "--max-new-tokens", "8",
+    )  # fmt: skip
+    assert done.exit_code == 0 and "smallest budget within 1 points" in done.output, done.output
+    found = json.loads(file.read_text())
+    assert [row["name"] for row in found["rows"]] == ["5%", "25%", "100%", "80.0% promised", "80.0% promised"]
+    assert all(row["ttft_ms"] > 0 and 0 <= row["agreement"] <= 1 for row in found["rows"])
+    assert found["rows"][2]["accuracy"] > 0.9 and picture.stat().st_size > 10_000
