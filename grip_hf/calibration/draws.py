@@ -42,6 +42,7 @@ def answer(
     budgets: Annotated[str, typer.Option(help="Keep ratios.")] = BUDGETS,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 50,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
+    features: Annotated[bool, typer.Option("--features", help="Keep what else may tell doubt (see `head`).")] = False,
 ) -> None:
     """Ask the pocket model about fresh scenes at every budget."""
     from ..pocket.examples import OnePerScene, load_pocket
@@ -50,7 +51,7 @@ def answer(
     model, processor = load_pocket()
     rows = OnePerScene(examples, seed, styles=tuple(styles.split(",")))
     ratios = [float(one) for one in budgets.split(",")]
-    observe(model, processor, rows, Chooser(), ratios, batch_size, max_new_tokens).save(output)
+    observe(model, processor, rows, Chooser(), ratios, batch_size, max_new_tokens, features=features).save(output)
 
 
 @app.command()

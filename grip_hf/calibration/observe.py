@@ -27,6 +27,7 @@ from ..frozen.samples import Sample
 from ..frozen.vlm import FrozenVLM, pictures
 from ..patch import apply_grip, remove_grip
 from ..quality.doubt import ANSWER, FIRST, Doubt, lengths
+from .features import Details, Features, of_rows
 
 Array = np.ndarray[Any, Any]
 FIELDS = ("answers", "confidences", "firsts", "kept", "totals", "scores")
@@ -46,6 +47,7 @@ class Observed:
         scores: [budgets, rows] how right the answer is; NaN for rows without one.
         seconds: [budgets] what an answer takes, without encoding the picture.
         cut: Whether an answer was cut off.
+        features: What else may tell doubt, if it was asked for: see `features`.
     """
 
     budgets: tuple[Budget, ...]
@@ -57,6 +59,7 @@ class Observed:
     scores: Array
     seconds: Array
     cut: bool
+    features: Features | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -65,7 +68,8 @@ class Observed:
     def rows(self, chosen: Array) -> Observed:
         """Some of the rows."""
         fields = {name: getattr(self, name)[:, chosen] for name in FIELDS if name != "totals"}
-        return dataclasses.replace(self, **fields, totals=self.totals[chosen])
+        more = None if self.features is None else self.features.rows(chosen)
+        return dataclasses.replace(self, **fields, totals=self.totals[chosen], features=more)
 
     @property
     def longest(self) -> int:
@@ -75,6 +79,8 @@ class Observed:
     def save(self, path: str | Path) -> None:
         """Write it to an `.npz` file, whole or not at all; raises `FileError`."""
         arrays = {name: getattr(self, name) for name in (*FIELDS, "seconds")}
+        if self.features is not None:
+            arrays |= {"answer_features": self.features.answers, "row_features": self.features.rows_}
         write_whole(path, lambda new: np.savez_compressed(new, budgets=np.array(self.budgets), cut=self.cut, **arrays))
 
     @classmethod
@@ -83,7 +89,10 @@ class Observed:
         with np.load(path, allow_pickle=False) as file:
             budgets = tuple(check_budget(int(one) if one > 1 else float(one)) for one in file["budgets"])
             arrays = {name: file[name] for name in (*FIELDS, "seconds")}
-            return cls(budgets=budgets, cut=bool(file["cut"]), **arrays)
+            more = None
+            if "answer_features" in file:
+                more = Features(file["answer_features"], file["row_features"])
+            return cls(budgets=budgets, cut=bool(file["cut"]), features=more, **arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +137,7 @@ def observe(
     metric: str = EXACT,
     progress: bool = True,
     processes: PartialState | None = None,
+    features: bool = False,
 ) -> Observed:
     """Answer all examples at every budget and with all tokens, greedily.
 
@@ -142,6 +152,7 @@ def observe(
         metric: When an answer is right, where the data has answers.
         progress: Whether to show a bar on a terminal.
         processes: Shares the batches among the processes of a launch; each gets all rows.
+        features: Whether to collect what else may tell doubt.
 
     Raises:
         ConfigError: A budget is not allowed, or there are no examples.
@@ -167,7 +178,8 @@ def observe(
             # Without an answer `prepare` would ask for one, which is asked for here at every budget.
             given = [examples[row] for row in rows]
             samples = vlm.prepare([dataclasses.replace(one, answer=one.answer or "") for one in given])
-            batches.append(_answer(vlm, samples, [one.answer for one in given], fixed, asked, max_new_tokens, metric))
+            truths = [one.answer for one in given]
+            batches.append(_answer(vlm, samples, truths, fixed, asked, max_new_tokens, metric, features))
     finally:
         vlm.close()
         remove_grip(model)
@@ -185,16 +197,17 @@ def _answer(
     budgets: tuple[Budget, ...],
     most: int,
     metric: str,
+    features: bool,
 ) -> dict[str, Any]:
     """What one batch is answered at every budget, as arrays."""
     inputs = {**vlm.collate([one.inputs for one in samples]), **pictures([one.encoded for one in samples])}
     prompt, model = inputs["input_ids"].shape[1], vlm.model
     ends, pad = generation.ends(model, {}), generation.padding(model, {})
     chooser.apply(model)
-    found: dict[str, list[Any]] = {name: [] for name in (*FIELDS, "seconds", "cut")}
+    found: dict[str, Any] = {name: [] for name in (*FIELDS, "seconds", "cut", "features")}
     try:
         for one in budgets:
-            doubt = Doubt(ANSWER, None)
+            doubt = Details() if features else Doubt(ANSWER, None)
             setting = model.grip.disabled() if one == 1 else model.grip.budget(**as_setting(one))
             start = time.perf_counter()
             with setting:
@@ -214,6 +227,8 @@ def _answer(
             last = model.grip.last
             found["kept"].append([len(kept) for kept in last.kept])
             found["totals"] = last.total
+            if isinstance(doubt, Details):
+                found["features"].append(doubt.of_answers(own, last))
             judge = _judge(vlm, metric)
             found["scores"].append(
                 [
@@ -223,6 +238,7 @@ def _answer(
             )
     finally:
         remove_grip(model)
+    found["samples"] = of_rows(samples) if features else None
     return found
 
 
@@ -250,5 +266,6 @@ def _join(budgets: tuple[Budget, ...], batches: list[dict[str, Any]], most: int)
         totals=np.concatenate([np.asarray(one["totals"]) for one in batches]),
         scores=scores,
         seconds=np.median([one["seconds"] for one in batches], axis=0),
+        features=Features.joined(batches) if batches[0]["samples"] is not None else None,
         cut=any(any(one["cut"]) for one in batches),
     )
