@@ -97,7 +97,7 @@ def measure(subject: Subject, budgets: list[float | int], rounds: int, progress:
     from ..evaluation.shapes import prompted
     from ..patch import remove_grip
 
-    model, processor, examples, _ = subject.load()
+    (model, processor), (examples, _) = subject.loaded, subject.rows
     handle = subject.chooser.apply(model)
     name = handle.config.selector
     spec = f"grip={subject.scorer}" if name == "grip" and subject.scorer else str(name)

@@ -40,7 +40,7 @@ def save(subject: Subject, found: Calibration, place: Path) -> None:
     from ..hub.share import write_card
     from ..patch import apply_grip, remove_grip
 
-    model: Any = subject.choice.load()[0]
+    model: Any = subject.loaded[0]
     handle = subject.chooser.apply(model)
     default = found.default_budget
     budget = {"keep_ratio": 0.25} if default is None else as_setting(default)

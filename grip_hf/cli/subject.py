@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,11 +52,15 @@ class Subject:
     on_bad_row: str
     styles: tuple[str, ...]
 
-    def load(self) -> tuple[Any, Any, Examples, dict[str, Any]]:
-        """Model, processor, questions and facts about them."""
-        model, processor = self.choice.load()
-        rows, facts = self._rows()
-        return model, processor, rows, facts
+    @cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        """The model and its processor, loaded once."""
+        return self.choice.load()
+
+    @cached_property
+    def rows(self) -> tuple[Examples, dict[str, Any]]:
+        """The questions and facts about them."""
+        return self._rows()
 
     @property
     def chooser(self) -> Chooser:
@@ -95,7 +100,7 @@ class Subject:
         from ..patch import remove_grip
         from ..quality.subject import subject
 
-        model, processor, rows, facts = self.load()
+        (model, processor), (rows, facts) = self.loaded, self.rows
         handle = self.chooser.apply(model)
         made_for = {**subject(handle.owner, describe_base(handle.owner), handle.config, handle.scorer)}
         made_for["writing"] = writing(handle.owner, {})

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from typer.testing import CliRunner
+from versions import TRAINING
 
 from grip_hf import apply_grip
 from grip_hf.cli.app import app
@@ -12,6 +13,7 @@ from grip_hf.errors import ConfigError
 from grip_hf.pocket import load_pocket_llava, make_scene
 from grip_hf.quality.promise import QUALITY_FILE, Calibration
 
+pytestmark = TRAINING
 FEW = ["calibrate", "--pocket", "--examples", "72", "--quality", "0.8,0.9", "--budgets", "5,24", "--batch-size", "36"]
 
 
