@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, nn
 
 from .config import GripConfig
-from .engine.budgets import Budget, current, open_elsewhere, override
 from .engine.cache import returned, state_of
+from .engine.call import LastCall
 from .engine.choice import Score
-from .engine.context import last_of
+from .engine.context import Budget, last_of, override, told
 from .engine.hooks import Boundary, patch_of
-from .engine.last import LastCall
 from .engine.layers import check_layers
-from .engine.question import told
 from .engine.upstream import check_language_model, is_untested
 from .errors import CacheError, ConfigError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
-from .hub.checkpoint import CONFIG_FILE, SaveBesideAdapter, SaveWithGrip
+from .hub.adapter_part import AdapterPart, part_of, warn_if_it_differs
+from .hub.adapters import AdapterFiles
+from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
 from .hub.resolve import describe_base, resolve
 from .quality.again import KEPT, LookAgain
-from .quality.promise import COMMAND, QUALITY_FILE, Calibration, Promise, check_made_for
+from .quality.promise import COMMAND, Calibration, Promise, check_made_for, find
 from .quality.subject import subject
 
 if TYPE_CHECKING:
@@ -65,38 +65,17 @@ class GripHandle:
         self.calibration = calibration
         self._parts = parts
         compact, promised = config.position_ids == "compact", calibration is not None
+        usual = Budget(config.keep_ratio, config.num_tokens, quality=config.quality)
         self._boundary = Boundary(
-            parts, selector, config.scope == "image", compact, self._budget, key=self, encodes_once=promised
+            parts, selector, config.scope == "image", compact, usual, key=self, encodes_once=promised
         )
-        self._savers: tuple[Any, ...] = (SaveWithGrip(self), SaveBesideAdapter(self))
+        self._savers = (SaveWithGrip(self), AdapterFiles(self))
         self._looks = (LookAgain(self),) if promised and hasattr(type(parts.owner), "generate") else ()
+        self.adapters: dict[str, AdapterPart] = {}
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
         return f"GripHandle({type(self._parts.owner).__name__}, {self.config}{note})"
-
-    def _budget(self) -> Budget:
-        budget = self.asked()
-        if budget.quality is not None:
-            raise ConfigError(
-                f"quality={budget.quality} is promised of the answers of generate: a call of the model itself, as in "
-                "training, needs a budget: with model.grip.budget(keep_ratio=...), or model.grip.disabled()"
-            )
-        return budget
-
-    def asked(self) -> Budget:
-        """The budget of the call at hand, which may be a quality."""
-        budget, leader = current(self), self._boundary.leader
-        if budget is None and leader is not None:
-            asked: Budget = leader.asked()
-            return asked
-        if budget is None and open_elsewhere(self):
-            self._boundary.warn_once(
-                "a budget(...) or disabled() block is open in another thread and does not hold in this one. A thread "
-                "that was started inside the block takes it along by its context: "
-                "Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)"
-            )
-        return budget or Budget(self.config.keep_ratio, self.config.num_tokens, quality=self.config.quality)
 
     def promise(self, quality: float, rule: str | None = None) -> Promise:
         """The ladder of budgets by which `generate` keeps a promise.
@@ -167,7 +146,7 @@ class GripHandle:
         Args:
             leader: The handle of that model, such as the policy of which this is the reference.
         """
-        self._boundary.leader = leader
+        self._boundary.leader = leader._boundary
 
     @property
     def last(self) -> LastCall | None:
@@ -271,11 +250,12 @@ def apply_grip(
     Only hooks on this model object are added; its class, weights and signature stay as they are. Applying again
     replaces the patch.
 
-    Who chooses the tokens: the `selector`, where one is named; else the `scorer`, or the one that came with the
-    checkpoint of the model; else `cdpruner`, which is logged and told by `repr(model.grip)`. It is the method with the
-    best mean over the budgets in the table of `grip_hf/evaluation/README.md` of the published ones that need no
-    training, prune before the language model, and need nothing of the vision tower, so that it works with every
-    family. It is never taken in place of a scorer that was asked for.
+    Who chooses the tokens: the `selector`, where one is named; else the `scorer`, or what the active adapter was
+    trained with, or the scorer that came with the checkpoint of the model; else `cdpruner`, which is logged and told
+    by `repr(model.grip)`. It is the method with the best mean over the budgets in the table of
+    `grip_hf/evaluation/README.md` of the published ones that need no training, prune before the language model, and
+    need nothing of the vision tower, so that it works with every family. It is never taken in place of a scorer that
+    was asked for.
 
     Args:
         model: A transformers vision-language model for conditional generation, also one wrapped by PEFT.
@@ -303,7 +283,8 @@ def apply_grip(
     """
     parts = _whole(find_parts(model))
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    asked = resolve(parts, config, scorer, selector, overrides, hub)
+    adapter = part_of(model)
+    asked = resolve(parts, config, scorer, selector, overrides, hub, adapter)
     settings = asked.config
     if settings.position_ids == "compact" and parts.family.mrope:
         raise UnsupportedModelError(
@@ -311,10 +292,9 @@ def apply_grip(
             "axes; use position_ids='original'"
         )
     chosen = selector if callable(selector) else _named_selector(settings, asked.scorer)
-    promised = _calibration(calibration, asked.folder, settings)
-    trial = GripHandle(parts, settings, chosen, asked.scorer, promised)
+    promised = find(calibration, asked.folder, settings.quality is not None)
     if settings.quality is not None:
-        trial.promise(settings.quality)
+        GripHandle(parts, settings, chosen, asked.scorer, promised).promise(settings.quality)
     if promised is not None and getattr(chosen, "inside", False):
         if settings.quality is not None:
             raise UnsupportedModelError(
@@ -328,25 +308,10 @@ def apply_grip(
         from .doctor.guard import vouch  # imported late: only then are tiny models needed
 
         vouch(parts.owner.config, prune)
-    _attach(parts, settings, chosen, asked.scorer, asked.note, promised)
+    handle = _attach(parts, settings, chosen, asked.scorer, asked.note, promised)
+    if adapter is not None:
+        warn_if_it_differs(adapter, handle)
     return model
-
-
-def _calibration(given: Any, folder: str | None, settings: GripConfig) -> Calibration | None:
-    """The calibration that is given, or lies beside what chooses; a damaged one raises only where it is needed."""
-    if isinstance(given, Calibration):
-        return given
-    if given is not None:
-        return Calibration.load(given)
-    if folder is None or not os.path.isfile(os.path.join(folder, QUALITY_FILE)):
-        return None
-    try:
-        return Calibration.load(folder)
-    except ConfigError as error:
-        if settings.quality is not None:
-            raise
-        warnings.warn(str(error), UserWarning, stacklevel=3)
-        return None
 
 
 def prune(model: nn.Module, selector: Score, keep_ratio: float) -> GripHandle:
@@ -364,6 +329,7 @@ def _attach(
 ) -> GripHandle:
     """Put the patch on the model, in the place of an earlier one."""
     handle = GripHandle(parts, config, selector, scorer, calibration)
+    handle.adapters.update(getattr(vars(parts.owner).get("grip"), "adapters", {}))
     hooks = list(_prepare(selector, parts))
     # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.
     remove_grip(parts.owner)

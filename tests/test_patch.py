@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlavaForConditionalGeneration
 from versions import CACHE, RESET_EMPTIES
 
 from grip_hf import GripConfig, GripScorer, apply_grip, remove_grip
-from grip_hf.engine.context import publish
+from grip_hf.engine.taps import publish
 from grip_hf.errors import CacheError, ConfigError, GripError, NonFiniteScoreError, ScorerError, UnsupportedModelError
 from grip_hf.scorer.model import GripScorerConfig
 
@@ -167,14 +167,6 @@ def test_unknown_arguments_per_token_are_refused(model, inputs):
     for name, value in (("extra", torch.zeros_like(inputs["input_ids"])), ("cu_seq_lens_q", torch.tensor([0, 3]))):
         with pytest.raises(GripError, match=f"'{name}'"):
             model(**inputs, **{name: value})
-
-
-def test_the_router_loss_of_experts_is_refused():
-    model, inputs = build("qwen3_vl_moe"), make_inputs("qwen3_vl_moe", RAGGED)
-    apply_grip(model, keep_ratio=0.5, selector=select_by_content)
-    with pytest.raises(GripError, match="output_router_logits"):
-        model(**inputs, output_router_logits=True)
-    assert model(**inputs, output_router_logits=False).logits.shape[1] == inputs["input_ids"].shape[1]
 
 
 def test_a_mask_of_the_wrong_length(model, inputs):

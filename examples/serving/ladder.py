@@ -4,7 +4,7 @@ grip-hf calibrate --model MODEL --scorer SCORER --dataset DATA --quality 0.99 --
 vllm serve MODEL --hf-overrides '{"grip": {"scorer": "SCORER", "keep_ratio": 0.25}}' --trust-request-mm-kwargs
 python examples/serving/ladder.py SCORER picture.png "What is on the table?" --quality 0.99
 
-The doubt is the same as in transformers: the product of the greedy tokens' probabilities, which the server sends along.
+The doubt is that of transformers: the product of the greedy tokens' probabilities, which the server sends along.
 vLLM computes in another order of operations, and perhaps in another precision, than the model that was calibrated: the
 promise is that of the calibration, as far as both write the same. vLLM keeps the encoded picture for the second look.
 """

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.last import LastCall
+from ..engine.call import LastCall
 from ..frozen.samples import Sample
 from ..quality.doubt import ANSWER, Doubt
 

@@ -64,14 +64,14 @@ def has_unpruned_reference(owner: nn.Module) -> bool:
     return False
 
 
-def saving_adapters(owner: nn.Module) -> list[str]:
-    """The folders that adapters around a model are being saved to: by PEFT, or by a trainer that shares out weights.
+def saving_adapters(owner: nn.Module) -> list[tuple[str, Any]]:
+    """The adapters around a model that are being saved: by PEFT, or by a trainer that shares out weights.
 
     Args:
         owner: The model that was patched, whose weights are being collected.
 
     Returns:
-        The folder of each adapter; nothing in a process that does not write.
+        The folder of each, and PEFT's configuration of it; nothing in a process that does not write.
     """
     kind = getattr(sys.modules.get("peft"), "PeftModel", ())
     for caller, frame in _methods_around():
@@ -80,11 +80,31 @@ def saving_adapters(owner: nn.Module) -> list[str]:
             if not held.get("is_main_process", True) or caller.get_base_model() is not owner:
                 return []
             names, top = held.get("selected_adapters") or [DEFAULT_ADAPTER], os.fspath(held["save_directory"])
-            return [top if name == DEFAULT_ADAPTER else os.path.join(top, name) for name in names]
+            folders = [top if name == DEFAULT_ADAPTER else os.path.join(top, name) for name in names]
+            return [(folder, caller.peft_config[name]) for folder, name in zip(folders, names, strict=True)]
         if _is_trainer(caller) and frame.f_code.co_name == "save_model":
-            adapted = isinstance(caller.accelerator.unwrap_model(caller.model), kind)
-            return [held["output_dir"]] if adapted and caller.args.should_save else []
+            model = caller.accelerator.unwrap_model(caller.model)
+            if not isinstance(model, kind) or not caller.args.should_save:
+                return []
+            return [(held["output_dir"], model.peft_config[model.active_adapter])]
     return []
+
+
+def loading_adapter(owner: nn.Module) -> tuple[str, str, dict[str, Any]] | None:
+    """The adapter that PEFT is putting around a model.
+
+    Args:
+        owner: The model that was patched, whose weights are being loaded.
+
+    Returns:
+        Its name, its folder or Hub id, and where on the Hub to look; None if nobody loads one.
+    """
+    kind = getattr(sys.modules.get("peft"), "PeftModel", ())
+    for caller, frame in _methods_around():
+        if isinstance(caller, kind) and frame.f_code.co_name == "load_adapter" and caller.get_base_model() is owner:
+            held = frame.f_locals
+            return held["adapter_name"], os.fspath(held["model_id"]), dict(held.get("hf_hub_download_kwargs") or {})
+    return None
 
 
 def _is_trainer(caller: Any) -> bool:

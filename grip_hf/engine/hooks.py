@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,17 +19,28 @@ from torch import nn
 
 from ..errors import GripError
 from ..families.table import Parts
-from . import upstream
-from .arguments import check, decode_arguments, decodes_simply, prune_arguments
-from .budgets import Budget
+from . import routing, upstream
+from .arguments import check, prune_arguments
 from .cache import find, given_back, logical_of, physical, returned, set_states, state_of, states_of
-from .choice import Score, choose
-from .context import CallContext, Hook, forget, innermost, interrupted, push, remember_last, running
-from .growing import grow_output
-from .last import LastCall
+from .choice import Score, choose, last_call, make_step
+from .context import (
+    Budget,
+    CallContext,
+    Hook,
+    budget_of,
+    forget,
+    forget_hook,
+    innermost,
+    interrupted,
+    push,
+    remember_last,
+    running,
+)
+from .decoding import decode_arguments, decodes_simply
 from .layers import LayerDrops, hook_layers
 from .methods import Encode, Generate
-from .reading import growths, make_step, read, states_after
+from .plan import grow_output, growths
+from .reading import labels_of, read, states_after
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,9 +52,10 @@ class Boundary:
         selector: scores visual tokens.
         per_image: True if every image has its own budget.
         compact: True if positions are re-numbered.
-        budget: gives the budget of the call at hand.
+        usual: the budget of a call of which nothing else is said.
         key: whose budgets and prompts count.
-        leader: whose count too, if another patch is followed.
+        leader: the patch whose count too, if another one is followed.
+        tapped: True if the selector taps the vision tower.
         encodes_once: True if pictures may be encoded once for several calls of `generate`.
     """
 
@@ -52,14 +63,16 @@ class Boundary:
     selector: Score
     per_image: bool
     compact: bool
-    budget: Callable[[], Budget]
+    usual: Budget
     key: object
-    leader: Any = None
+    leader: Boundary | None = None
+    tapped: bool = False
     encodes_once: bool = False
 
     def __post_init__(self) -> None:
         self.base_parameters = upstream.parameters(self.parts.base)
         self.owner_parameters = upstream.parameters(self.parts.owner)
+        self.tile = self.parts.family.tile(self.parts.base.config)
         self.said: set[str] = set()
         self._removable: list[Any] = []
 
@@ -73,7 +86,7 @@ class Boundary:
         before_owner, after_owner, before_base, after_base = (
             BoundaryHook(self, name) for name in ("before_owner", "after_owner", "before_base", "after_base")
         )
-        self._removable = list(selector_hooks)
+        self._removable, self.tapped = list(selector_hooks), bool(selector_hooks)
         if owner is not base:
             self._removable += [
                 owner.register_forward_pre_hook(before_owner, with_kwargs=True),
@@ -102,13 +115,17 @@ class Boundary:
         for module in self.parts.owner.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for number in [number for number, hook in hooks.items() if isinstance(hook, Hook)]:
-                    _forget_hook(module, number)
+                    forget_hook(module, number)
 
     def warn_once(self, message: str) -> None:
         """Warn, once per patch."""
         if message not in self.said:
             self.said.add(message)
             warnings.warn(message, UserWarning, stacklevel=2)
+
+    def budget(self) -> Budget:
+        """The budget of the call at hand."""
+        return budget_of(self)
 
     def trains(self, context: CallContext) -> bool:
         """Whether a call looks like one of a training step."""
@@ -117,26 +134,22 @@ class Boundary:
         config: Any = self.parts.language_model.config
         return self.parts.owner.training or not upstream.uses_cache(context.arguments or {}, config)
 
-    def before_owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember what tells the answer from the prompt."""
+    def before_owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Remember what tells the answer from the prompt; returns new arguments where a loss counts the experts."""
         _refuse_export()
         given = _bound(self.owner_parameters, args, kwargs)
-        if _several(given) or interrupted():
-            self._enter(given)
+        return self._enter(given) if _several(given) or interrupted() else None
 
     @torch.compiler.disable
-    def _enter(self, given: dict[str, Any]) -> None:
+    def _enter(self, given: dict[str, Any]) -> Any:
         """The part of `before_owner` that a decoding step has not, unless a call was interrupted before it."""
         forget(self)
         if not _several(given):
-            return
-        labels = given.get("labels")
-        if upstream.router_loss(self.parts.owner.config, given) and not self.budget().everything:
-            raise GripError(
-                "cannot prune a call with output_router_logits=True: the router loss would compare the "
-                "mask of all tokens with the router logits of the kept ones; train with output_router_logits=False"
-            )
-        push(CallContext(self, labels=labels))
+            return None
+        routed = upstream.router_loss(self.parts.owner.config, given) and not self.budget().everything
+        mask = routing.own_mask(given, getattr(self.selector, "inside", False)) if routed else None
+        push(CallContext(self, labels=labels_of(given), router_mask=mask))
+        return None if mask is None else ((), {**given, "attention_mask": mask})
 
     def after_owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forget the call, also after an exception."""
@@ -155,7 +168,9 @@ class Boundary:
         """The part of `before_base` that a decoding step has not; a compiled prefill runs it as it stands."""
         context = innermost()
         if context is None or context.boundary is not self or context.arguments is not None or not interrupted():
-            context = CallContext(self, labels=given.get("labels"), by_base=True)  # called without its owner
+            if not self.budget().everything:
+                routing.refuse_without_owner(self.parts.owner.config, given)
+            context = CallContext(self, labels=labels_of(given), by_base=True)  # called without its owner
             push(context)
         context.arguments, context.gradients = given, torch.is_grad_enabled()
 
@@ -241,12 +256,13 @@ def _prune(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if choice is not None and choice.embeds is not None:
         # Out here, where gradients are on: they go on through the embeddings that stay as they are.
         merged = torch.where(choice.keep[..., None], choice.embeds, call.embeds)
-        call = dataclasses.replace(call, arguments={**kwargs, "inputs_embeds": merged})
+        call = dataclasses.replace(call, arguments={**kwargs, "inputs_embeds": merged}, embeds=merged)
     step = make_step(call, choice)
     if context is not None:
         context.step = step
-        context.layers = None if choice is None else LayerDrops.of(context.boundary.selector, choice, step)
-        remember_last(context.boundary, LastCall.of(step, choice))
+        if choice is not None and choice.scores is None:
+            context.layers = LayerDrops.of(context.boundary.selector, choice, step)
+        remember_last(context.boundary, last_call(step, choice))
     if context is not None and context.layers is not None:
         return args, upstream.without_slicing(kwargs)
     return None if step.changes_nothing else (args, _shown(prune_arguments(step), call.cache))
@@ -285,12 +301,16 @@ def _restore(module: nn.Module, kwargs: dict[str, Any], cache: Any, output: Any)
         return None
     if cache is None and made is not None:
         upstream.check_new_cache(made, kwargs, module.config, step.kept)
-    grown = grow_output(output, step.plan, growths(step, layers), layers is not None)
+    later = None if layers is None else layers.plans
+    total = step.call.past_logical + step.plan.length
+    grown = grow_output(output, step.plan, growths(step.plan, step.keys, total, later or {}), later is not None)
+    if context.router_mask is not None:
+        routing.mark_dropped(context.router_mask, step)
     cache = made if cache is None else cache
     if cache is None:
         return grown
     if bool(step.call.visual.any()):
-        set_states(cache, states_after(step, layers))
+        set_states(cache, states_after(step, later))
     return given_back(grown, cache)
 
 
@@ -318,10 +338,3 @@ def patch_of(module: nn.Module) -> Boundary | None:
     """The patch whose hooks a module carries, if any."""
     hooks = module._forward_pre_hooks.values()
     return next((hook.boundary for hook in hooks if isinstance(hook, BoundaryHook)), None)
-
-
-def _forget_hook(module: nn.Module, number: int) -> None:
-    """Take a hook that a copy of a module carried along off it; its handle knows the original only."""
-    for name in ("_forward_pre_hooks", "_forward_hooks"):
-        for kept in (name, f"{name}_with_kwargs", f"{name}_always_called"):
-            getattr(module, kept, {}).pop(number, None)

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from .context import Encoding, attach_taps, encoding, generation, running
+from .context import generation, running
 from .once import keep, known
+from .taps import Encoding, attach_taps, encoding
 
 
 class InstanceMethod:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..engine.callers import saving_adapters
 from ..engine.methods import InstanceMethod
 from .download import CONFIG_FILE, SUBFOLDER, fetch, is_repo_id
 
-__all__ = ["CONFIG_FILE", "SUBFOLDER", "SaveBesideAdapter", "SaveWithGrip", "attached_folder", "came_from"]
+__all__ = ["CONFIG_FILE", "SUBFOLDER", "SaveWithGrip", "attached_folder", "came_from"]
 
 
 def came_from(model: Any) -> str:
@@ -76,31 +75,3 @@ class SaveWithGrip(InstanceMethod):
                 create_pr=options.get("create_pr", False),
                 commit_message="Upload the GRIP part",
             )
-
-
-class SaveBesideAdapter:
-    """Writes the GRIP part beside the adapters of a patched model, when PEFT or a trainer collects their weights.
-
-    PEFT saves them without asking the model around which it was put, but for its weights: a hook there is what stands.
-
-    Args:
-        handle: The `GripHandle` of the model.
-    """
-
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-        self.registered: Any = None
-
-    def attach(self) -> None:
-        """Register itself."""
-        self.registered = self.handle.owner.register_state_dict_pre_hook(self)
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        if self.registered is not None:
-            self.registered.remove()
-
-    def __call__(self, module: Any, prefix: str, keep_vars: bool) -> None:
-        """Write the part, if adapters are being saved."""
-        for folder in saving_adapters(module):
-            self.handle.save_part(os.path.join(folder, SUBFOLDER))

@@ -13,6 +13,7 @@ from torch import nn
 from ..config import GripConfig
 from ..errors import ConfigError, HubError, ScorerError
 from ..families.table import Parts
+from .adapter_part import AdapterPart
 from .checkpoint import CONFIG_FILE, SUBFOLDER, attached_folder, came_from
 from .download import fetch, is_repo_id, read_settings
 
@@ -39,7 +40,13 @@ class Resolved:
 
 
 def resolve(
-    parts: Parts, config: Any, scorer: Any, selector: Any, overrides: dict[str, Any], hub: dict[str, Any]
+    parts: Parts,
+    config: Any,
+    scorer: Any,
+    selector: Any,
+    overrides: dict[str, Any],
+    hub: dict[str, Any],
+    adapter: AdapterPart | None = None,
 ) -> Resolved:
     """The settings and the scorer that the arguments of `apply_grip` ask for.
 
@@ -50,6 +57,7 @@ def resolve(
         selector: The selector's name, a callable, or None.
         overrides: Settings that override those found; `force=True` takes a scorer of another model, with a warning.
         hub: Where on the Hub to look: `revision`, `token`, ... (see `fetch`).
+        adapter: What the active adapter was trained with, if anything; it comes before the base model's checkpoint.
 
     Raises:
         ConfigError: A setting is not allowed, or two that exclude each other are given.
@@ -82,10 +90,7 @@ def resolve(
         and not callable(selector)
         and not _brings_scorer(config, overrides)
     ):
-        attached = attached_folder(parts.owner, **hub)
-        if attached is not None:
-            saved, scorer = _load(attached)
-            folder = attached
+        saved, scorer, folder = _attached(parts, adapter, given, hub)
     if config is None and saved is None and not overrides:
         raise ConfigError(
             "apply_grip(model) needs a budget: give a GripConfig, keep_ratio=..., num_tokens=... or quality=..., or "
@@ -95,6 +100,18 @@ def resolve(
     check_scorer(parts, scorer, force)
     folder = folder or getattr(getattr(scorer, "config", None), "_name_or_path", None) or None
     return dataclasses.replace(_decided(config, saved, scorer, selector, overrides), folder=folder)
+
+
+def _attached(
+    parts: Parts, adapter: AdapterPart | None, given: str | None, hub: dict[str, Any]
+) -> tuple[GripConfig | None, nn.Module | None, str | None]:
+    """Settings and scorer that came with the active adapter, or with the model's checkpoint, and their folder."""
+    if adapter is not None and adapter.scorer is None and given is None:
+        return adapter.settings, None, None
+    attached = attached_folder(parts.owner, **hub)
+    if adapter is not None and adapter.scorer is not None:
+        attached = adapter.folder(attached)
+    return (None, None, None) if attached is None else (*_load(attached), attached)
 
 
 def old_spelling(config: Any, scorer: Any) -> tuple[GripConfig | None, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from ..engine import generation
-from ..engine.budgets import Budget, override
-from ..engine.context import last_of, remember_last
-from ..engine.last import LastCall
+from ..engine.budget import Budget
+from ..engine.call import LastCall
+from ..engine.context import asked_of, last_of, override, remember_last
 from ..engine.methods import InstanceMethod
 from ..engine.once import Memory, remembering
 from ..engine.upstream import ENCODERS, has_pictures, parameters_of
@@ -37,7 +37,7 @@ class LookAgain(InstanceMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model itself does, at the budgets that a promise says."""
-        asked: Budget = self.handle.asked()
+        asked = asked_of(self.handle._boundary)
         if asked.quality is None:
             return self.own(*args, **kwargs)
         given = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}

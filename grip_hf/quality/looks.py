@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.last import LastCall
+from ..engine.call import LastCall
 from ..engine.upstream import CACHE_NAMES
 
 

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import check_keep_ratio, check_num_tokens, check_quality
-from ..engine.budgets import Budget
+from ..engine.budget import Budget
 from ..errors import ConfigError
 from ..files import write_json
 from .doubt import ANSWER, FIRST, RULES
@@ -186,3 +187,29 @@ def check_made_for(calibration: Calibration, facts: Mapping[str, Any]) -> None:
             f"this calibration was made for something else, and promises nothing here: {'; '.join(apart)}. Run "
             f"`{COMMAND}` for what you have"
         )
+
+
+def find(given: Calibration | str | os.PathLike[str] | None, folder: str | None, needed: bool) -> Calibration | None:
+    """The calibration that is given, or lies in a folder; None if there is none.
+
+    Args:
+        given: It, or its folder.
+        folder: Where to look else.
+        needed: Whether a damaged one there raises; else it is warned of.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
+    if isinstance(given, Calibration):
+        return given
+    if given is not None:
+        return Calibration.load(given)
+    if folder is None or not os.path.isfile(os.path.join(folder, QUALITY_FILE)):
+        return None
+    try:
+        return Calibration.load(folder)
+    except ConfigError as error:
+        if needed:
+            raise
+        warnings.warn(str(error), UserWarning, stacklevel=3)
+        return None

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.context import attach_taps, attached_taps
 from ..engine.once import Encoded
+from ..engine.taps import attach_taps, attached_taps
 from ..engine.upstream import DEEPSTACK, ENCODED, FEATURES
 
 Spans = list[tuple[int, int]]

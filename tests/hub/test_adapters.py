@@ -1,15 +1,19 @@
 """Adapters of a patched model carry the GRIP part beside their own files."""
 
 import copy
+import json
+import warnings
 
 import peft
 import pytest
 import torch
+from huggingface_hub import HfApi
+from loopback_hub import Repo
 from tiny import HIDDEN, IMAGE, build, make_inputs
 from transformers import Trainer, TrainingArguments
 
 from grip_hf import GripScorer, apply_grip, remove_grip
-from grip_hf.errors import GripError
+from grip_hf.errors import ConfigError, GripError, ScorerError
 from grip_hf.scorer.model import GripScorerConfig
 
 LORA = {"r": 2, "target_modules": r".*language_model\.layers.*(q|v)_proj"}
@@ -134,3 +138,112 @@ def test_modules_to_save(patched):
     assert lengths(merged, inputs) == [short]
     remove_grip(merged)
     assert lengths(merged, inputs) == [short + 12]
+
+
+# What an adapter says of the patch that it was trained with
+
+
+def saved(folder, **settings):
+    """A folder with an adapter that was trained around a patched model, and the model."""
+    model = adapted(**settings)
+    model.save_pretrained(folder)
+    return model
+
+
+def put_around(model, folder, **how):
+    """A model with the adapter from a folder around it, and what was said of it."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(model, folder, **how).eval()
+    return model, [str(one.message) for one in said]
+
+
+def test_peft_warns_of_an_adapter_that_was_trained_pruned(tmp_path):
+    saved(tmp_path / "pruned", num_tokens=5, selector="grid")
+    remove_grip(adapted(num_tokens=5, selector="grid")).save_pretrained(tmp_path / "plain")
+    plain, said = put_around(build("llava"), tmp_path / "pruned")
+    assert any("so_call_grip_hf_apply_grip" in one for one in said)
+    assert "grip" not in vars(plain.get_base_model())
+    assert not any("grip" in one for one in put_around(build("llava"), tmp_path / "plain")[1])
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_the_settings_come_back_by_themselves(tmp_path, task_type):
+    model = apply_grip(build("llava"), num_tokens=5, selector="diversity")
+    model = peft.get_peft_model(model, peft.LoraConfig(**LORA, task_type=task_type)).eval()
+    model.save_pretrained(tmp_path)
+    assert "save_pretrained" not in vars(model.peft_config["default"])
+    loaded, _ = put_around(build("llava"), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_grip(loaded)
+    assert loaded.get_base_model().grip.config == model.get_base_model().grip.config
+    assert asked(loaded)[1] == asked(model)[1]
+    apply_grip(loaded, num_tokens=3)  # another budget, the same chooser
+    assert loaded.get_base_model().grip.config.selector == "diversity" and len(asked(loaded)[1]) == 3
+    with pytest.warns(UserWarning, match=r"'default' was trained with other settings .*'diversity'.*'grid'"):
+        apply_grip(loaded, num_tokens=3, selector="grid")
+
+
+def test_a_scorer_is_found_where_the_patch_saw_the_folder_and_asked_for_elsewhere(tmp_path):
+    model = saved(tmp_path, scorer=scorer(), num_tokens=5)
+    loaded, _ = put_around(build("llava"), tmp_path)
+    with pytest.raises(ScorerError, match=r"'default' was trained with a scorer.*apply_grip"):
+        apply_grip(loaded)
+    assert "grip" not in vars(loaded.get_base_model())
+    seen, said = put_around(apply_grip(build("llava"), num_tokens=5, selector="grid"), tmp_path)
+    assert any("another scorer" in one for one in said)
+    apply_grip(seen)
+    (logits, kept), (wanted, tokens) = asked(seen), asked(model)
+    assert kept == tokens
+    torch.testing.assert_close(logits, wanted)
+    for one in (seen, apply_grip(loaded, scorer=tmp_path)):  # and a copy keeps what was seen
+        assert torch.equal(asked(copy.deepcopy(one))[0], logits)
+
+
+def test_the_scorer_of_the_checkpoint_serves_if_it_is_the_same(tmp_path):
+    base = apply_grip(build("llava"), scorer=scorer(), num_tokens=5)
+    base.save_pretrained(tmp_path / "base")
+    saved(tmp_path / "same", scorer=scorer(), num_tokens=5)
+    saved(tmp_path / "other", scorer=scorer(seed=1), num_tokens=5)
+    again = type(base).from_pretrained(tmp_path / "base")
+    loaded, _ = put_around(again, tmp_path / "same")
+    assert len(asked(apply_grip(loaded))[1]) == 5
+    loaded, _ = put_around(type(base).from_pretrained(tmp_path / "base"), tmp_path / "other")
+    with pytest.raises(ScorerError, match="was trained with a scorer"):
+        apply_grip(loaded)
+
+
+def test_a_patched_model_warns_of_what_was_trained_otherwise(tmp_path):
+    saved(tmp_path / "grid", num_tokens=5, selector="grid")
+    remove_grip(adapted(num_tokens=5, selector="grid")).save_pretrained(tmp_path / "plain")
+    for selector, folder, words in (
+        ("grid", "grid", None),
+        ("random", "grid", "trained with other settings"),
+        ("grid", "plain", "trained without pruning"),
+    ):
+        model = apply_grip(build("llava"), num_tokens=3, selector=selector)
+        _, said = put_around(model, tmp_path / folder)
+        ours = [one for one in said if one.startswith("the adapter")]
+        assert [words in one for one in ours] == ([] if words is None else [True]), (selector, folder, ours)
+
+
+def test_a_damaged_part_is_refused(tmp_path):
+    saved(tmp_path, num_tokens=5, selector="grid")
+    path = tmp_path / "adapter_config.json"
+    told = json.loads(path.read_text())
+    told["auto_mapping"]["grip_hf"] = "grid"
+    path.write_text(json.dumps(told))
+    loaded, _ = put_around(build("llava"), tmp_path)
+    with pytest.raises(ConfigError, match="must be a dict, got 'grid'"):
+        apply_grip(loaded, num_tokens=3)
+
+
+def test_an_adapter_on_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(peft.utils.save_and_load, "file_exists", HfApi(endpoint=hub.url).file_exists)  # made on import
+    model = saved(tmp_path, scorer=scorer(), num_tokens=5)
+    hub.repos["user/adapter"] = Repo()
+    hub.repos["user/adapter"].put({name: (tmp_path / name).read_bytes() for name in files(tmp_path)})
+    loaded, said = put_around(apply_grip(build("llava"), num_tokens=5, selector="grid"), "user/adapter")
+    assert any("another scorer" in one for one in said)
+    assert torch.equal(asked(apply_grip(loaded))[0], asked(model)[0])

@@ -13,6 +13,7 @@ is kept here.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib
 import json
@@ -28,8 +29,8 @@ from tiny import IMAGE, TINY, make_inputs
 from transformers import AutoModelForImageTextToText
 
 from grip_hf import apply_grip
+from grip_hf.engine import hooks, upstream
 from grip_hf.engine.cache import CacheState
-from grip_hf.engine.hooks import Boundary
 
 FAMILIES = ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl", "idefics3", "paligemma", "mistral3"]
 COMMON = "test_modeling_common"
@@ -65,6 +66,7 @@ def load_package(folder):
     package = types.ModuleType("tests")
     package.__path__ = [str(folder)]
     sys.modules["tests"] = package
+    sys.path.append(str(folder.parent))  # a checkout's tests import its folder `utils` too
     for name, content in ABSENT.items():
         if not (folder / (name.replace(".", "/") + ".py")).is_file():
             parent, module = types.ModuleType(f"tests.{name.split('.')[0]}"), types.ModuleType(f"tests.{name}")
@@ -99,7 +101,7 @@ def _is_case(one, module):
 @contextlib.contextmanager
 def patched(model_class):
     """Every new model of this class is patched, keeps all tokens, and yet takes the way of those that do not."""
-    own, stays, trivial, calls = model_class.__init__, Boundary._stays, CacheState.trivial, []
+    own, make_step, trivial, calls = model_class.__init__, hooks.make_step, CacheState.trivial, []
 
     @functools.wraps(own)
     def init(self, *args, **kwargs):
@@ -107,15 +109,20 @@ def patched(model_class):
         if type(self) is model_class:
             apply_grip(self, keep_ratio=1.0, selector="grid")
 
-    def keep_all(self, call, kwargs, state, visual, real):
+    def gathered(call, choice):
+        """The step that keeps all tokens, as if it did not: padding goes, and rows count as unequal."""
         calls.append(1)
-        return visual
+        step = make_step(call, types.SimpleNamespace(scores=(), keep=call.visual))
+        if upstream.is_recurrent(call.config):  # takes no fillers, so that rows which count as unequal raise
+            return step
+        unequal = {name: dataclasses.replace(getattr(step, name), full=False) for name in ("plan", "keys")}
+        return dataclasses.replace(step, **unequal)
 
-    model_class.__init__, Boundary._stays, CacheState.trivial = init, keep_all, property(lambda self: False)
+    model_class.__init__, hooks.make_step, CacheState.trivial = init, gathered, property(lambda self: False)
     try:
         yield calls
     finally:
-        model_class.__init__, Boundary._stays, CacheState.trivial = own, stays, trivial
+        model_class.__init__, hooks.make_step, CacheState.trivial = own, make_step, trivial
 
 
 class Outcomes(unittest.TestResult):

@@ -1,12 +1,17 @@
 """Whatever trainer calls a patched model, the prompt alone chooses: against it alone and a masked model."""
 
+import sys
+import types
+
 import peft
 import pytest
 import torch
+import transformers
 import trl
 from datasets import Dataset
 from lessons import OFFLINE, Watch, kept_of_prompts, masked_logits, pruned, rows
 from transformers import Trainer, TrainingArguments
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from versions import SFT_OUTSIDE, TRAINING
 
 from grip_hf.pocket import load_pocket_llava
@@ -185,3 +190,69 @@ def test_packing_is_refused(tmp_path):
             train_dataset=data,
             processing_class=processor,
         )
+
+
+def fused_forward(self, labels=None, skip_logits=None, return_token_accuracy=None, use_token_scaling=None, **inputs):
+    """A `forward` as Liger puts it in place of LLaVA's: in training a loss from hidden states, and no logits."""
+    hidden = self.model(**inputs)[0]
+    skip_logits = (self.training and labels is not None) if skip_logits is None else skip_logits
+    logits = self.lm_head(hidden)  # where Liger's kernel makes them piece by piece
+    count = inputs.get("num_items_in_batch")
+    loss = outside({"logits": logits}, labels)
+    if count is not None:
+        loss = loss * labels[:, 1:].ne(-100).sum() / count
+    return LlavaCausalLMOutputWithPast(loss=loss, logits=None if skip_logits else logits)
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """Stands in for liger-kernel, whose own kernels need Triton; gives what it was put on."""
+    applied = []
+
+    def apply(model, fused_linear_cross_entropy=True, **_):
+        applied.append(model)
+        if fused_linear_cross_entropy:
+            model.forward = types.MethodType(fused_forward, model)
+
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["liger_kernel.transformers"]._apply_liger_kernel_to_instance = apply
+    monkeypatch.setattr(transformers.integrations.liger, "is_liger_kernel_available", lambda: True)
+    return applied
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["trainer", "sft"])
+def test_liger(tmp_path, expected, liger, kind, adapted):
+    model, processor = pruned()
+    watch = Watch(model)
+    lora = peft.LoraConfig(**LORA) if adapted else None
+    settings = {"use_liger_kernel": True, "per_device_train_batch_size": len(ROWS), **OFFLINE}
+    if kind == "trainer":
+        whole = batch(processor)
+        data = [{name: value[row] for name, value in whole.items()} for row in range(len(ROWS))]
+        args = TrainingArguments(str(tmp_path), remove_unused_columns=False, **settings)
+        trainer = Trainer(peft.get_peft_model(model, lora) if adapted else model, args, train_dataset=data)
+    else:
+        data = Dataset.from_list(
+            [
+                {"images": row["images"], "prompt": text, "completion": f" {row['right']} </s>"}
+                for (_, text), row in zip(PROMPTS, ROWS, strict=True)
+            ]
+        )
+        args = trl.SFTConfig(str(tmp_path), max_length=None, **settings)
+        trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=processor, peft_config=lora)
+    trainer.train()
+    assert liger and liger[0] is model
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(by_hand(expected), rel=1e-4)
+    assert watch.seen == set(expected)
+
+
+def test_labels_that_are_shifted_already(expected):
+    """As those of sequence parallel training are: each position has the label of the next one."""
+    model, processor = pruned()
+    inputs = batch(processor)
+    shifted = torch.nn.functional.pad(inputs.pop("labels"), (0, 1), value=-100)[:, 1:]
+    model.train()
+    model(**inputs, shift_labels=shifted)
+    assert [tuple(one.tolist()) for one in model.grip.last.kept] == expected

@@ -1,15 +1,15 @@
-"""How many tokens each group of a call keeps: the config's budget, or one set for a block of code."""
+"""How many tokens each group of a call keeps."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..config import check_keep_ratio, check_num_tokens, check_one_budget, check_quality, count_kept
+import torch
+from torch import Tensor
+
+from ..config import check_keep_ratio, check_num_tokens, check_one_budget, check_quality
 from ..errors import ConfigError
 
 
@@ -23,7 +23,7 @@ class Budget:
         everything: True keeps all tokens, whatever the others say.
         quality: in their place, the share of answers that are to be as with all tokens: `generate` turns it into
             budgets (see `grip_hf.quality`).
-        rule: for a quality, when an answer is looked at for doubt, or None.
+        rule: for a quality, what an answer is judged by, or None.
     """
 
     keep_ratio: float | tuple[float, ...] | None = None
@@ -46,12 +46,12 @@ class Budget:
             return cls(keep_ratio=_each(keep_ratio, check_keep_ratio, "keep_ratio"))
         return cls(num_tokens=_each(num_tokens, check_num_tokens, "num_tokens"))
 
-    def counts(self, totals: list[int], rows: list[int], batch: int, repeated: Callable[[int], bool]) -> list[int]:
-        """Tokens to keep per group.
+    def counts(self, totals: Tensor, rows: Tensor, batch: int, repeated: Callable[[int], bool]) -> Tensor:
+        """[G] long: tokens to keep per group, each as `config.count_kept` counts them.
 
         Args:
-            totals: Visual tokens of each group.
-            rows: The row of each group in the batch.
+            totals: [G] long, visual tokens of each group, at least 1.
+            rows: [G] long, the row of each group in the batch.
             batch: Number of rows.
             repeated: Whether each sample of the batch stands so many times in a row, as `generate` repeats them for
                 beams; these keep the per-sample budgets of the original samples.
@@ -61,9 +61,13 @@ class Budget:
         """
         if self.everything:
             return totals
-        ratios = self._per_row(self.keep_ratio, "keep_ratio", batch, repeated)
-        numbers = self._per_row(self.num_tokens, "num_tokens", batch, repeated)
-        return [count_kept(total, ratios[row], numbers[row]) for total, row in zip(totals, rows, strict=True)]
+        if self.num_tokens is not None:
+            numbers = torch.tensor(self._per_row(self.num_tokens, "num_tokens", batch, repeated))
+            return numbers.to(rows.device)[rows].minimum(totals)
+        # On the CPU, in double precision, which some devices lack.
+        ratios = torch.tensor(self._per_row(self.keep_ratio, "keep_ratio", batch, repeated), dtype=torch.float64)
+        counts = (ratios[rows.cpu()] * totals.cpu() + 0.5).floor().long().clamp(min=1)
+        return counts.to(totals.device).minimum(totals)
 
     def _per_row(self, value: Any, name: str, batch: int, repeated: Callable[[int], bool]) -> list[Any]:
         if not isinstance(value, tuple):
@@ -85,41 +89,3 @@ def _each(value: Any, check: Any, name: str) -> Any:
             raise ConfigError(f"{name} must have one value per sample, got {value!r}")
         return tuple(check(one) for one in value)
     return check(value)
-
-
-# (owner, thread) of each open block, so that a thread that was started inside one can be told that it is not in it.
-_open_blocks: list[tuple[object, int]] = []
-# A stack of (owner, budget), so that several models may be overridden at once. A context variable is private to each
-# thread and to each asyncio task, which makes budgets per call thread-safe.
-_stack: ContextVar[tuple[tuple[object, Budget], ...]] = ContextVar("grip_budgets", default=())
-
-
-@contextlib.contextmanager
-def override(owner: object, budget: Budget, told: bool = True) -> Iterator[None]:
-    """Use `budget` for the model that `owner` belongs to within this block, in this thread.
-
-    Args:
-        owner: Whose.
-        budget: It.
-        told: Whether other threads are told that it does not hold in them; not if nobody but this library asked.
-    """
-    token = _stack.set((*_stack.get(), (owner, budget)))
-    blocks = [(owner, threading.get_ident())] if told else []
-    _open_blocks.extend(blocks)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            _open_blocks.remove(block)
-        _stack.reset(token)
-
-
-def current(owner: object) -> Budget | None:
-    """The innermost budget set for `owner` in this thread, if any."""
-    return next((budget for key, budget in reversed(_stack.get()) if key is owner), None)
-
-
-def open_elsewhere(owner: object) -> bool:
-    """Whether a block is open for `owner` in another thread, which this one may have been started from."""
-    here = threading.get_ident()
-    return any(key is owner and thread != here for key, thread in tuple(_open_blocks))
