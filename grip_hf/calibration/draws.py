@@ -23,6 +23,7 @@ from ..files import check_writable, write_json
 from ..tables import Column, Table
 from .bound import rows_needed
 from .calibrate import SHARE, answered, best_fixed, same_answer
+from .features import Features
 from .ladder import Answered, Policy, certify, draw_up, outcome
 from .observe import FIELDS, Array, Chooser, Observed, observe
 from .timing import Times, first_token
@@ -170,7 +171,12 @@ def joined(parts: Sequence[Observed]) -> Observed:
             ]
         fields[name] = np.concatenate(arrays, axis=0 if name == "totals" else 1)
     seconds = np.median([one.seconds for one in parts], axis=0)
-    return Observed(parts[0].budgets, **fields, seconds=seconds, cut=any(one.cut for one in parts))
+    more = [one.features for one in parts if one.features is not None]
+    features = None
+    if len(more) == len(parts):
+        answers = np.concatenate([one.answers for one in more], axis=1)
+        features = Features(answers, np.concatenate([one.rows_ for one in more]))
+    return Observed(parts[0].budgets, **fields, seconds=seconds, cut=any(one.cut for one in parts), features=features)
 
 
 def times_of(result: dict[str, Any], budgets: Sequence[Budget]) -> Times:
