@@ -27,8 +27,8 @@ from .hub.adapters import AdapterFiles
 from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
 from .hub.resolve import describe_base, resolve
 from .quality.again import KEPT, LookAgain
+from .quality.identity import identity
 from .quality.promise import COMMAND, Calibration, Promise, check_made_for, find
-from .quality.subject import subject
 
 if TYPE_CHECKING:
     from .scorer.model import GripScorer
@@ -93,12 +93,12 @@ class GripHandle:
                 f"quality={quality} needs a calibration, and none came with what chooses the tokens: run `{COMMAND} "
                 f"--quality {quality}` with --output FOLDER, then apply_grip(model, scorer=FOLDER, quality={quality})"
             )
-        check_made_for(self.calibration, self._subject)
+        check_made_for(self.calibration, self._identity)
         return self.calibration.promise(quality, rule)
 
     @cached_property
-    def _subject(self) -> dict[str, Any]:
-        return subject(self.owner, describe_base(self.owner), self.config, self.scorer)
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.owner, describe_base(self.owner), self.config, self.scorer)
 
     def budget(
         self,

@@ -11,7 +11,7 @@ import typer
 from . import options
 from .loading import ModelChoice
 from .screen import JsonFile, budget_list, console, failures, numbers, quiet, say, split_list
-from .subject import Examples_, Scorer, Selector, Styles, Subject
+from .survey import Examples_, Scorer, Selector, Styles, Survey
 
 Qualities = Annotated[str, typer.Option(help="Shares of answers to be as with all tokens, separated by commas.")]
 Confidence = Annotated[float, typer.Option(help="How sure each promise is to be.")]
@@ -62,7 +62,7 @@ def calibrate(
         pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation, testbed
     )
     wanted, rules = numbers(quality, float, "shares such as 0.99"), split_list(rule)
-    subject = Subject(choice, scorer, selector, force, split, examples, seed, on_bad_row, tuple(split_list(styles)))
+    survey = Survey(choice, scorer, selector, force, split, examples, seed, on_bad_row, tuple(split_list(styles)))
     asked = budget_list(budgets)
     quiet()
     from accelerate import PartialState
@@ -76,14 +76,14 @@ def calibrate(
     with failures():
         place = check_folder(place_of(output, scorer))
         check_asked(examples, wanted, confidence, rules, unit)
-        seen, made_for, facts = subject.observe(asked, batch_size, max_new_tokens, metric)
+        seen, made_for, facts = survey.observe(asked, batch_size, max_new_tokens, metric)
         processes = PartialState()
         if processes.num_processes > 1:
             processes.destroy_process_group()
             if not processes.is_main_process:
                 return
         found = run(seen, made_for, wanted, confidence, rules, unit, max_new_tokens, seed, facts)
-        save(subject, found, place)
+        save(survey, found, place)
         console.print(promises(found).rich())
         console.print(curve(found).rich())
         if json_file is not None:

@@ -12,7 +12,7 @@ from . import options
 from .calibrate import LADDER, Confidence, MaxNewTokens, Qualities, Unit
 from .loading import ModelChoice
 from .screen import JsonFile, budget_list, console, failures, in_folder, numbers, quiet, say, split_list
-from .subject import Examples_, Scorer, Selector, Styles, Subject
+from .survey import Examples_, Scorer, Selector, Styles, Survey
 
 
 def curve(
@@ -51,7 +51,7 @@ def curve(
         pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation, testbed
     )
     wanted = numbers(quality, float, "shares such as 0.99")
-    subject = Subject(choice, scorer, selector, force, split, examples, seed, on_bad_row, tuple(split_list(styles)))
+    survey = Survey(choice, scorer, selector, force, split, examples, seed, on_bad_row, tuple(split_list(styles)))
     asked = budget_list(budgets)
     quiet()
     from accelerate import PartialState
@@ -66,14 +66,14 @@ def curve(
         agreement_of(unit)
         for one in wanted:
             check_quality(one)
-        seen, made_for, facts = subject.observe(asked, batch_size, max_new_tokens, metric)
+        seen, made_for, facts = survey.observe(asked, batch_size, max_new_tokens, metric)
         processes = PartialState()
         if processes.num_processes > 1:
             processes.destroy_process_group()
             if not processes.is_main_process:
                 return
         with console.status("timing") as status:
-            times, setting = measure(subject, list(seen.budgets), rounds, status.update)
+            times, setting = measure(survey, list(seen.budgets), rounds, status.update)
         rows = overview(seen, times, wanted, confidence, unit, seed)
         console.print(table(rows, len(seen), unit).rich())
         best, name = smallest(rows, within)
@@ -89,7 +89,7 @@ def curve(
             write_json(json_file, {"meta": meta, "rows": rows, "smallest": told})
 
 
-def measure(subject: Subject, budgets: list[float | int], rounds: int, progress: Any) -> tuple[Any, dict[str, Any]]:
+def measure(survey: Survey, budgets: list[float | int], rounds: int, progress: Any) -> tuple[Any, dict[str, Any]]:
     """Time the model on its first question at every budget, in paired rounds."""
     from ..calibration.timing import Times
     from ..evaluation.budgets import kept_of
@@ -97,12 +97,12 @@ def measure(subject: Subject, budgets: list[float | int], rounds: int, progress:
     from ..evaluation.shapes import prompted
     from ..patch import remove_grip
 
-    (model, processor), (examples, _) = subject.loaded, subject.rows
-    handle = subject.chooser.apply(model)
+    (model, processor), (examples, _) = survey.loaded, survey.rows
+    handle = survey.chooser.apply(model)
     name = handle.config.selector
-    spec = f"grip={subject.scorer}" if name == "grip" and subject.scorer else str(name)
+    spec = f"grip={survey.scorer}" if name == "grip" and survey.scorer else str(name)
     remove_grip(model)
-    asked = prompted(subject.choice.name, model, processor, examples[0].messages)
+    asked = prompted(survey.choice.name, model, processor, examples[0].messages)
     result = run_bench(asked, [spec], [one for one in budgets if one != 1], rounds, 4, progress=progress)
     whole, found = result["unpruned"], {row["num_tokens"]: row for row in result["rows"]}
     rows = [whole if one == 1 else found[kept_of(asked.tokens, one)] for one in budgets]

@@ -12,7 +12,7 @@ from ..files import make_folder, write_text
 
 if TYPE_CHECKING:
     from ..quality.promise import Calibration
-    from .subject import Subject
+    from .survey import Survey
 
 
 def place_of(output: Path | None, scorer: str | None) -> Path:
@@ -24,11 +24,11 @@ def place_of(output: Path | None, scorer: str | None) -> Path:
     return Path(scorer)
 
 
-def save(subject: Subject, found: Calibration, place: Path) -> None:
+def save(survey: Survey, found: Calibration, place: Path) -> None:
     """Write a calibration, settings with its default budget, a card, and, in a new folder, the scorer.
 
     Args:
-        subject: What was calibrated.
+        survey: What was calibrated.
         found: The calibration.
         place: The folder.
 
@@ -40,12 +40,12 @@ def save(subject: Subject, found: Calibration, place: Path) -> None:
     from ..hub.share import write_card
     from ..patch import apply_grip, remove_grip
 
-    model: Any = subject.loaded[0]
-    handle = subject.chooser.apply(model)
+    model: Any = survey.loaded[0]
+    handle = survey.chooser.apply(model)
     default = found.default_budget
     budget = {"keep_ratio": 0.25} if default is None else as_setting(default)
     config = handle.config.replace(**budget)
-    apply_grip(model, config, scorer=handle.scorer, calibration=found, force=subject.force)
+    apply_grip(model, config, scorer=handle.scorer, calibration=found, force=survey.force)
     try:
         if (place / CONFIG_FILE).is_file():
             found.save(place)

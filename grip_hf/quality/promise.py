@@ -19,7 +19,7 @@ from .doubt import ANSWER, FIRST, RULES
 
 QUALITY_FILE = "quality.json"
 FORMAT = 1
-MAY_BE_UNKNOWN = ("model",)  # a model that was loaded from a folder does not say whose it is
+MAY_BE_UNKNOWN = ("model", "weights")  # a model from a folder does not say whose it is, nor one that is offloaded
 COMMAND = "grip-hf calibrate"
 
 

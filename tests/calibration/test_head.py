@@ -1,4 +1,4 @@
-"""The learnt sense of doubt learns where there is something to learn, and the script compares it with the plain one."""
+"""The learnt sense of doubt learns where there is something to learn; the script compares it with the plain one."""
 
 import dataclasses
 import json

@@ -1,9 +1,14 @@
 """`grip-hf calibrate` on the pocket model: a folder that is used as it is, and errors before any work."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from classroom import build_vlm, rows
+from datasets import Dataset
 from typer.testing import CliRunner
 from versions import TRAINING
 
@@ -124,3 +129,34 @@ def test_the_curve(tmp_path):
     assert [row["name"] for row in found["rows"]] == ["5%", "25%", "100%", "80.0% promised", "80.0% promised"]
     assert all(row["ttft_ms"] > 0 and 0 <= row["agreement"] <= 1 for row in found["rows"])
     assert found["rows"][2]["accuracy"] > 0.9 and picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_model_and_data_of_ones_own_by_one_process_and_by_two(tmp_path):
+    """One question a picture is asked, shared out among processes or not; answers are not needed."""
+    for part in build_vlm():
+        part.save_pretrained(tmp_path / "vlm")
+    data = [{"image": row["image"], "prompt": row["prompt"]} for row in rows(90)]  # every two share a picture
+    Dataset.from_list(data).save_to_disk(tmp_path / "data")
+    script = tmp_path / "run.py"
+    script.write_text("from grip_hf.cli.app import app\napp()\n")
+    asked = ["calibrate", "--model", tmp_path / "vlm", "--dataset", tmp_path / "data", "--selector", "similarity"]
+    asked += ["--quality", "0.7", "--budgets", "0.2,0.5", "--max-new-tokens", "3", "--batch-size", "7"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    found = []
+    for launch, name in (([], "one"), (["-m", "torch.distributed.run", "--nproc_per_node", "2"], "two")):
+        command = [sys.executable, *launch, script, *asked, "--output", tmp_path / name]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("one question about each of 45 pictures is asked, of 90") >= 1
+        found.append(Calibration.load(tmp_path / name))
+    one, two = found
+    assert one.made_for == two.made_for and one.made_for["selector"] == "similarity" and one.data == two.data
+    assert one.data["rows"] == 45 and one.data["dataset"] == "data"
+    kept = [[{**row, "ms": 0} for row in each.curve] for each in found]
+    assert kept[0] == kept[1] and len({row["agreement"] for row in kept[0]}) > 1
+    model, _ = build_vlm()
+    apply_grip(model, scorer=tmp_path / "two", quality=0.7)
+    assert model.grip.config.selector == "similarity" and model.grip.promise(0.7).quality == 0.7
+    with pytest.raises(ConfigError, match="made for something else"):
+        apply_grip(build_vlm(seed=1)[0], scorer=tmp_path / "two", quality=0.7)

@@ -11,8 +11,8 @@ from grip_hf import GripScorer, apply_grip
 from grip_hf.engine.generation import writing
 from grip_hf.errors import ConfigError
 from grip_hf.hub.resolve import describe_base
+from grip_hf.quality.identity import fingerprint, identity
 from grip_hf.quality.promise import Calibration
-from grip_hf.quality.subject import fingerprint, subject
 from grip_hf.scorer.model import GripScorerConfig
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -22,7 +22,7 @@ PROMPTS = [[3, IMAGE, 4], [2, IMAGE, 2, IMAGE, 3], [5], [2, IMAGE, 6]]
 def calibrated(model, *promises, **settings):
     """A calibration of a model as it is patched with these settings."""
     handle = apply_grip(model, keep_ratio=0.5, **settings).grip
-    facts = {**subject(model, describe_base(model), handle.config, handle.scorer), "writing": writing(model, {})}
+    facts = {**identity(model, describe_base(model), handle.config, handle.scorer), "writing": writing(model, {})}
     return Calibration(facts, "answer", 6, 6, True, {}, promises or (promise((0.25, 1.0)),), (), {})
 
 
@@ -74,6 +74,24 @@ def test_another_scorer_or_setting_is_another_subject():
     other = Calibration(**{**vars(found), "made_for": {**found.made_for, "hidden_size": 999}})
     with pytest.raises(ConfigError, match=f"hidden_size is {HIDDEN}, not 999"):
         apply_grip(model, quality=0.9, scorer=tiny_scorer(), calibration=other)
+
+
+def test_a_model_that_was_tuned_further_is_another_subject():
+    model = build("llava")
+    found = calibrated(model, scorer=tiny_scorer())
+    apply_grip(model.to(torch.bfloat16), quality=0.9, scorer=tiny_scorer(), calibration=found)
+    apply_grip(build("llava"), quality=0.9, scorer=tiny_scorer(), calibration=found)
+    tuned = build("llava")
+    tuned.model.language_model.layers[1].mlp.up_proj.weight.data.mul_(1.1)
+    with pytest.raises(ConfigError, match="weights is"):
+        apply_grip(tuned, quality=0.9, scorer=tiny_scorer(), calibration=found)
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(build("llava"), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(ConfigError, match="weights is"):
+        apply_grip(adapted, quality=0.9, scorer=tiny_scorer(), calibration=found)
+    with torch.device("meta"):
+        away = build("llava")
+    apply_grip(away, quality=0.9, scorer=tiny_scorer(), calibration=found)  # nothing can be said of its weights
 
 
 def test_a_promise_travels_over_the_hub_and_inside_a_checkpoint(hub, tmp_path):

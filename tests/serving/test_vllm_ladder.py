@@ -12,8 +12,8 @@ from grip_hf.engine.generation import writing
 from grip_hf.hub.resolve import describe_base
 from grip_hf.pocket import load_pocket_llava, make_scene
 from grip_hf.pocket.model import WEIGHTS
+from grip_hf.quality.identity import identity
 from grip_hf.quality.promise import Calibration, Promise
-from grip_hf.quality.subject import subject
 
 pytestmark = pytest.mark.vllm
 TOKENS = 6
@@ -39,7 +39,7 @@ def recipe():
 def test_a_client_looks_again_where_generate_does(server, recipe, rule):
     model, processor = load_pocket_llava()
     handle = apply_grip(model, keep_ratio=0.5).grip
-    facts = {**subject(model, describe_base(model), handle.config, handle.scorer), "writing": writing(model, {})}
+    facts = {**identity(model, describe_base(model), handle.config, handle.scorer), "writing": writing(model, {})}
     one = Promise(0.9, 0.95, rule, (4, 0.11, 1.0), (0.99, 0.99), 100, 0.01, 0.95, 10.0, 0.1)
     apply_grip(model, quality=0.9, calibration=Calibration(facts, "answer", TOKENS, TOKENS, True, {}, (one,), (), {}))
     looks = []

@@ -7,8 +7,8 @@ from tiny import select_by_content
 from grip_hf import apply_grip
 from grip_hf.engine.generation import writing
 from grip_hf.hub.resolve import describe_base
+from grip_hf.quality.identity import identity
 from grip_hf.quality.promise import Calibration, Promise
-from grip_hf.quality.subject import subject
 
 ALWAYS, NEVER = 1.0, 0.0  # thresholds that doubt every answer, and none
 
@@ -24,7 +24,7 @@ def calibration(model, *promises, most=6, **changes):
     usual = {"unit": "answer", "longest": most, "max_new_tokens": most, "cut": True, "data": {}, "versions": {}}
     found = Calibration(facts, promises=promises or (promise(),), curve=(), **{**usual, **changes})
     apply_grip(model, keep_ratio=0.5, selector=select_by_content)
-    mine = subject(model, describe_base(model), model.grip.config, None)
+    mine = identity(model, describe_base(model), model.grip.config, None)
     return Calibration(**{**vars(found), "made_for": {**mine, **found.made_for}})
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import GripConfig
 
 
-def subject(model: Any, base: Mapping[str, Any], config: GripConfig, scorer: nn.Module | None) -> dict[str, Any]:
+def identity(model: Any, base: Mapping[str, Any], config: GripConfig, scorer: nn.Module | None) -> dict[str, Any]:
     """What must be the same for a promise to hold, as plain data.
 
     Args:
@@ -24,6 +24,7 @@ def subject(model: Any, base: Mapping[str, Any], config: GripConfig, scorer: nn.
     text = model.config.get_text_config()
     return {
         "model": base.get("id"),
+        "weights": weights_of(model),
         "model_type": base.get("model_type"),
         "text_model_type": base.get("text_model_type"),
         "hidden_size": text.hidden_size,
@@ -36,6 +37,23 @@ def subject(model: Any, base: Mapping[str, Any], config: GripConfig, scorer: nn.
         "position_ids": config.position_ids,
         "seed": config.seed,
     }
+
+
+def weights_of(model: nn.Module) -> str | None:
+    """What tells a model from one that was tuned further, merged, adapted or quantized: a few numbers of each weight.
+
+    Names do not count, which differ between releases of transformers.
+
+    Returns:
+        None where weights are not at hand: offloaded, or shared out among devices.
+    """
+    ends = [weight.detach().flatten()[[0, -1]] for weight in model.parameters() if weight.numel()]
+    if any(one.is_meta for one in ends) or len(ends) < sum(1 for _ in model.parameters()):
+        return None
+    digest = hashlib.sha256()
+    for numbers in sorted(_bytes(one) for one in ends):
+        digest.update(numbers)
+    return digest.hexdigest()[:16]
 
 
 def fingerprint(scorer: nn.Module) -> str:

@@ -27,7 +27,7 @@ Styles = Annotated[str, typer.Option(help="With --pocket: art styles of the scen
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class Survey:
     """What is asked.
 
     Args:
@@ -98,11 +98,11 @@ class Subject:
         from ..engine.generation import writing
         from ..hub.resolve import describe_base
         from ..patch import remove_grip
-        from ..quality.subject import subject
+        from ..quality.identity import identity
 
         (model, processor), (rows, facts) = self.loaded, self.rows
         handle = self.chooser.apply(model)
-        made_for = {**subject(handle.owner, describe_base(handle.owner), handle.config, handle.scorer)}
+        made_for = {**identity(handle.owner, describe_base(handle.owner), handle.config, handle.scorer)}
         made_for["writing"] = writing(handle.owner, {})
         remove_grip(model)
         processes = PartialState()
