@@ -21,10 +21,10 @@ from ..errors import GripError
 from ..families.table import Parts
 from . import routing, upstream
 from .arguments import check, prune_arguments
+from .budget import Budget
 from .cache import find, given_back, logical_of, physical, returned, set_states, state_of, states_of
 from .choice import Score, choose, last_call, make_step
 from .context import (
-    Budget,
     CallContext,
     Hook,
     budget_of,
@@ -57,6 +57,7 @@ class Boundary:
         leader: the patch whose count too, if another one is followed.
         tapped: True if the selector taps the vision tower.
         tower: the part of the patch that drops rows within the vision tower, if any.
+        encodes_once: True if pictures may be encoded once for several calls of `generate`.
     """
 
     parts: Parts
@@ -68,6 +69,7 @@ class Boundary:
     leader: Boundary | None = None
     tapped: bool = False
     tower: Any = None
+    encodes_once: bool = False
 
     def __post_init__(self) -> None:
         self.base_parameters = upstream.parameters(self.parts.base)
@@ -101,7 +103,7 @@ class Boundary:
         if getattr(self.selector, "inside", False):
             self._removable += hook_layers(language_model, self.selector)  # type: ignore[arg-type]
         methods: list[Any] = [Generate(owner, self)] if hasattr(type(owner), "generate") else []
-        if selector_hooks:
+        if selector_hooks or self.encodes_once:
             methods += self._encoders()
         for method in methods:
             method.attach()

@@ -30,6 +30,8 @@ CACHE_NAMES = ("cache", "past_key_values")
 PAGED = "PagedAttentionCache"
 # Pictures that were encoded before the call, and the release that brought them.
 ENCODED, ENCODED_SINCE = "mm_encoder_outputs", "5.18"
+# What language models read of them: one row per visual token, and the same of earlier layers of the tower.
+FEATURES, DEEPSTACK = "pooler_output", "deepstack_features"
 # Arguments with which pictures or videos come, and the methods that encode them.
 PICTURES = ("pixel_values", "image_hidden_states")
 ENCODERS = ("get_image_features", "get_video_features")
@@ -81,6 +83,12 @@ def unknown(what: str) -> UnsupportedModelError:
 def parameters(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a module's `forward`."""
     return tuple(inspect.signature(module.forward).parameters)
+
+
+def parameters_of(module: nn.Module, method: str) -> tuple[str, ...]:
+    """Names of the arguments of a method of a module; none if it has no such method."""
+    found = getattr(module, method, None)
+    return () if found is None else tuple(inspect.signature(found).parameters)
 
 
 def cache_name(module: nn.Module) -> str:

@@ -32,12 +32,14 @@ class Resolved:
         scorer: The learned scorer, if it chooses.
         tower_scorer: The one that lies beside it, for the rows of the vision tower, if there is one.
         note: What was decided for the user, for the log and the handle's `repr`; "" if nothing was.
+        folder: Where what chooses came from, if it came from a folder.
     """
 
     config: GripConfig
     scorer: nn.Module | None = None
     note: str = ""
     tower_scorer: nn.Module | None = None
+    folder: str | None = None
 
 
 def resolve(
@@ -78,7 +80,8 @@ def resolve(
     saved: GripConfig | None = None
     folder: str | None = None
     if isinstance(scorer, (str, os.PathLike)):
-        asked, folder = scorer, _folder(parts, scorer, hub, force)
+        asked = scorer
+        folder = _folder(parts, scorer, hub, force)
         saved, scorer = _load(folder)
         if scorer is None and saved is None:
             raise ScorerError(f"{os.fspath(asked)!r} holds no GRIP scorer")
@@ -93,12 +96,14 @@ def resolve(
         saved, scorer, folder = _attached(parts, adapter, given, hub)
     if config is None and saved is None and not overrides:
         raise ConfigError(
-            "apply_grip(model) needs a budget: give a GripConfig, keep_ratio=... or num_tokens=..., or the scorer=... "
-            f"whose settings were saved with it; the checkpoint of this model ({came_from(parts.owner)!r}) has no "
-            "GRIP part"
+            "apply_grip(model) needs a budget: give a GripConfig, keep_ratio=..., num_tokens=... or quality=..., or "
+            "the scorer=... whose settings were saved with it; the checkpoint of this model "
+            f"({came_from(parts.owner)!r}) has no GRIP part"
         )
     check_scorer(parts, scorer, force)
-    return dataclasses.replace(_decided(config, saved, scorer, selector, overrides), tower_scorer=_tower(folder))
+    folder = folder or getattr(getattr(scorer, "config", None), "_name_or_path", None) or None
+    decided = _decided(config, saved, scorer, selector, overrides)
+    return dataclasses.replace(decided, tower_scorer=_tower(folder), folder=folder)
 
 
 def _tower(folder: str | None) -> nn.Module | None:
