@@ -37,6 +37,7 @@ def evaluate(
     device_map: options.DeviceMap = None,
     attn_implementation: options.Attention = None,
     on_bad_row: options.OnBadRow = "stop",
+    streaming: options.Streaming = False,
     force: options.Force = False,
     pocket_model: options.PocketModel = None,
     log_samples: Annotated[
@@ -68,7 +69,7 @@ def evaluate(
             rows: Any = pocket_examples(examples, seed, testbed)
         else:
             wanted = (*TEST_SPLITS, *TRAIN_SPLITS)
-            screened = load_examples(str(dataset), split, examples, seed, on_bad_row, wanted)
+            screened = load_examples(str(dataset), split, examples, seed, on_bad_row, wanted, streaming=streaming)
             rows = screened.examples
             facts = {"dataset": dataset, "split": split, "columns": str(rows.format), "bad_rows": len(screened.bad)}
         processes = PartialState()
