@@ -3,9 +3,9 @@
     python tests/support/memory_of_rows.py --rows 1000,10000,100000
     python tests/support/memory_of_rows.py --rows 1000,10000,100000 --streaming
 
-Makes a dataset of that many rows, each with a picture of its own of 96 x 96 pixels, in a temporary folder, and measures
-in a fresh process for each number: the anonymous memory beyond what the same takes for 40 rows, which is that of the
-libraries.
+Makes a dataset of that many rows, each with a picture of its own (96 x 96 pixels), in a temporary folder, and measures
+in a fresh process for each number: the anonymous memory beyond what the same takes for 40 rows, which is mostly that
+of the libraries.
 """
 
 import argparse
