@@ -205,6 +205,7 @@ def apply_grip(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    force: bool = False,
     **overrides: Any,
 ) -> M:
     """Prune the visual tokens of `model` in place: from now on, each call keeps as many as its budget allows.
@@ -229,6 +230,7 @@ def apply_grip(
         token: Access token for the Hub; None takes the stored one.
         cache_dir: Another cache for downloads than the usual one.
         local_files_only: Take what is in the cache; do not ask the Hub.
+        force: Take a scorer that was trained for another model of the same kind and width, with a warning.
         **overrides: Settings of `GripConfig` to change, such as `keep_ratio=0.25`.
 
     Returns:
@@ -244,7 +246,7 @@ def apply_grip(
     parts = _whole(find_parts(model))
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     adapter = part_of(model)
-    asked = resolve(parts, config, scorer, selector, overrides, hub, adapter)
+    asked = resolve(parts, config, scorer, selector, overrides, hub, adapter, force)
     settings = asked.config
     if settings.position_ids == "compact" and parts.family.mrope:
         raise UnsupportedModelError(
