@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, nn
 
 from .config import GripConfig
-from .engine.budgets import Budget, current, open_elsewhere, override
 from .engine.cache import returned, state_of
+from .engine.call import LastCall
 from .engine.choice import Score
-from .engine.context import last_of
+from .engine.context import Budget, last_of, override, told
 from .engine.hooks import Boundary, patch_of
-from .engine.last import LastCall
 from .engine.layers import check_layers
-from .engine.question import told
 from .engine.upstream import check_language_model, is_untested
 from .errors import CacheError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
@@ -54,25 +52,14 @@ class GripHandle:
         self.scorer = scorer
         self._parts = parts
         compact = config.position_ids == "compact"
-        self._boundary = Boundary(parts, selector, config.scope == "image", compact, self._budget, key=self)
+        usual = Budget(config.keep_ratio, config.num_tokens)
+        self._boundary = Boundary(parts, selector, config.scope == "image", compact, usual, key=self)
         self._savers = (SaveWithGrip(self), AdapterFiles(self))
         self.adapters: dict[str, AdapterPart] = {}
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
         return f"GripHandle({type(self._parts.owner).__name__}, {self.config}{note})"
-
-    def _budget(self) -> Budget:
-        budget, leader = current(self), self._boundary.leader
-        if budget is None and leader is not None:
-            return leader._budget()
-        if budget is None and open_elsewhere(self):
-            self._boundary.warn_once(
-                "a budget(...) or disabled() block is open in another thread and does not hold in this one. A thread "
-                "that was started inside the block takes it along by its context: "
-                "Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)"
-            )
-        return budget or Budget(self.config.keep_ratio, self.config.num_tokens)
 
     def budget(
         self, keep_ratio: float | Sequence[float] | None = None, num_tokens: int | Sequence[int] | None = None
@@ -111,7 +98,7 @@ class GripHandle:
         Args:
             leader: The handle of that model, such as the policy of which this is the reference.
         """
-        self._boundary.leader = leader
+        self._boundary.leader = leader._boundary
 
     @property
     def last(self) -> LastCall | None:

@@ -12,7 +12,7 @@ import pytest
 import grip_hf
 
 ROOT = pathlib.Path(grip_hf.__file__).parent
-TORCH_ONLY = ("engine.keepsets", "engine.plan", "engine.masks", "engine.grouping", "families.geometry")
+TORCH_ONLY = ("engine.keepsets", "engine.plan", "engine.masks", "families.layouts", "families.tiles")
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlavaForConditionalGeneration
 from versions import CACHE, RESET_EMPTIES
 
 from grip_hf import GripConfig, GripScorer, apply_grip, remove_grip
-from grip_hf.engine.context import publish
+from grip_hf.engine.taps import publish
 from grip_hf.errors import CacheError, ConfigError, GripError, NonFiniteScoreError, ScorerError, UnsupportedModelError
 from grip_hf.scorer.model import GripScorerConfig
 

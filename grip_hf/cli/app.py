@@ -1,10 +1,10 @@
 """The command line: `grip-hf --help`."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from grip_hf.cli import options
 from grip_hf.cli.bench import bench
@@ -15,6 +15,7 @@ from grip_hf.cli.screen import JsonFile, console, failures, in_folder, say, spli
 from grip_hf.cli.serve import serve
 from grip_hf.cli.train import train
 from grip_hf.files import write_json, write_whole
+from grip_hf.tables import Column, Table, pivot
 from grip_hf.version import __version__
 
 app = typer.Typer(
@@ -22,6 +23,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"token_normalize_func": options.normal},
+)
+ANSWERS = (
+    *(Column(heading, key, left=True) for heading, key in (("question", "question"), ("truth", "truth"))),
+    *(Column(heading, key, left=True) for heading, key in (("all tokens", "full"), ("pruned", "pruned"))),
+    Column("kept", "of", left=True),
+    *(Column(heading, key, "{:.0f}") for heading, key in (("ms, all", "full_ms"), ("ms, pruned", "pruned_ms"))),
 )
 MORE = {"allow_extra_args": True, "ignore_unknown_options": True}  # what TRL knows; it refuses the rest
 
@@ -79,26 +86,17 @@ def demo(
         raise typer.BadParameter(f"unknown selectors {unknown}; choose from {', '.join(sorted(SELECTORS))}")
     with console.status("loading") as status:
         result = run_demo(names, ratios, (show, _ratio(str(keep_ratio))), scenes, seed, status.update)
-    table = Table(title=f"{show} keeps {keep_ratio:.0%} of the visual tokens")
-    for column in ("question", "truth", "all tokens", "pruned", "kept", "ms, all", "ms, pruned"):
-        table.add_column(column)
-    for row in result.rows:
-        style = None if row.full == row.pruned else "yellow"
-        kept = f"{row.kept}/{row.total}"
-        figures = (f"{row.full_ms:.0f}", f"{row.pruned_ms:.0f}")
-        table.add_row(row.question, row.truth, row.full, row.pruned, kept, *figures, style=style)
-    console.print(table)
+    answers = [{**dataclasses.asdict(row), "of": f"{row.kept}/{row.total}"} for row in result.rows]
+    title = f"{show} keeps {keep_ratio:.0%} of the visual tokens"
+    console.print(
+        Table(ANSWERS, answers, title, lambda row: None if row["full"] == row["pruned"] else "yellow").rich()
+    )
     accuracy = means(result.summary)
     asked = result.summary[0].asked
     unpruned = accuracy["none"][1.0]
     title = f"right answers in %, {asked} questions about {scenes} scenes; all tokens: {unpruned:.1f}"
-    overview = Table(title=title)
-    overview.add_column("selector")
-    for ratio in ratios:
-        overview.add_column(f"keep {ratio:.0%}", justify="right")
-    for name in names:
-        overview.add_row(name, *(f"{accuracy[name][ratio]:.1f}" for ratio in ratios))
-    console.print(overview)
+    rows = [{"selector": name, "budget": ratio, "right": accuracy[name][ratio]} for name in names for ratio in ratios]
+    console.print(pivot(rows, "keep {:.0%}".format, lambda row: f"{row['right']:.1f}", title=title).rich())
     with failures():
         write_whole(picture, result.picture.save)
         say(f"kept tokens drawn in {picture}")

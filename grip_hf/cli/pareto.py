@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ..files import write_json, write_text, write_whole
+from ..tables import Column, Table
 from .screen import JsonFile, console, in_folder, say
 
-POINTS = ("selector", "keep", "visual tokens", "accuracy, %", "TTFT, ms", "frontier")
-SAVINGS = ("selector", "median saving", "largest saving", "at accuracy, %", "against", "compared from, %", "to, %")
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+POINTS = (
+    Column("selector", "selector", left=True),
+    Column("keep", "keep"),
+    Column("visual tokens", "tokens"),
+    Column("accuracy, %", "accuracy", _percent),
+    Column("TTFT, ms", "ms", "{:.1f}"),
+    Column("frontier", "best"),
+)
+SAVINGS = (
+    Column("selector", "selector", left=True),
+    Column("median saving", "median", "{:+.1%}"),
+    Column("largest saving", "largest", "{:+.1%}"),
+    Column("at accuracy, %", "accuracy", _percent),
+    Column("against", "rival"),
+    Column("compared from, %", "low", _percent),
+    Column("to, %", "high", _percent),
+)
 
 
 def pareto(
@@ -41,48 +60,32 @@ def pareto(
     except (GripError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
     best, saved = frontier(points, "ms"), savings(points, trained)
-    tables: dict[str, list[Sequence[str]]] = {
-        f"accuracy: {judged.get('meta', {}).get('model')}; time: {timed[0]['setting']['model']}": [
+    held = {"accuracy": judged.get("meta", {}), "time": timed[0]["setting"]}
+    tables = (
+        Table(
             POINTS,
-            *(
-                (
-                    point.selector,
-                    label(point.budget),
-                    f"{point.tokens}",
-                    f"{100 * point.accuracy:.1f}",
-                    "-" if point.ms is None else f"{point.ms:.1f}",
-                    "yes" if point in best else "",
-                )
+            [
+                {**dataclasses.asdict(point), "keep": label(point.budget), "best": "yes" if point in best else ""}
                 for point in points
-            ),
-        ],
-        "time to first token saved at equal accuracy, against the best other method": [
+            ],
+            f"accuracy: {held['accuracy'].get('model')}; time: {held['time']['model']}",
+        ),
+        Table(
             SAVINGS,
-            *(
-                (
-                    one.selector,
-                    f"{one.median:+.1%}",
-                    f"{one.largest:+.1%}",
-                    f"{100 * one.accuracy:.1f}",
-                    one.rival,
-                    f"{100 * one.low:.1f}",
-                    f"{100 * one.high:.1f}",
-                )
-                for one in saved
-            ),
-        ],
-    }
-    for title, rows in tables.items():
-        console.print(_rich(title, rows))
+            [dataclasses.asdict(one) for one in saved],
+            "time to first token saved at equal accuracy, against the best other method",
+        ),
+    )
+    for table in tables:
+        console.print(table.rich())
     for kind in ("png", "svg"):
         write_whole(output.with_name(f"{output.name}.{kind}"), partial(figure.savefig, dpi=200))
-    text = "\n\n".join(f"**{title}**\n\n{_markdown(rows)}" for title, rows in tables.items())
+    text = "\n\n".join(table.markdown() for table in tables)
     write_text(output.with_name(f"{output.name}.md"), text + "\n")
     say(f"written to {output}.png, {output}.svg and {output}.md")
     if json_file is not None:
         data = {
-            "accuracy": judged.get("meta", {}),
-            "time": timed[0]["setting"],
+            **held,
             "points": [{**dataclasses.asdict(point), "frontier": point in best} for point in points],
             "savings": [dataclasses.asdict(one) for one in saved],
         }
@@ -97,17 +100,3 @@ def _read(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read as JSON: {error}") from error
-
-
-def _rich(title: str, rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title)
-    for number, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="right" if number else "left")
-    for row in rows[1:]:
-        table.add_row(*row)
-    return table
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["--:"] * (len(rows[0]) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))

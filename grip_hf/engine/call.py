@@ -1,4 +1,7 @@
-"""One call of the language model, on its way through the engine: read, chosen for, planned, rewritten, grown back."""
+"""One call of the language model, on its way through the engine: read, chosen for, planned, rewritten, grown back.
+
+Data alone, each made once: what does something with it stands in the file of that step.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,10 @@ class Call:
         past: Physical number of cached keys before the call.
         past_logical: Logical number of positions before the call.
         compact: True if positions are re-numbered.
+        embeds: [B, L, D] what enters the language model.
+        mask: What it was given as attention mask: None, [B, keys], [B, heads, L, keys], or such by kind of layer.
+        positions: Position ids as given, last dims [B or 1, L]; None if they are counted.
+        segments: [B, L] long, which of the sequences packed into a row each token belongs to; None if there is one.
     """
 
     arguments: dict[str, Any]
@@ -37,22 +44,10 @@ class Call:
     past: int
     past_logical: int
     compact: bool
-
-    @property
-    def embeds(self) -> Tensor:
-        """[B, L, D] what enters the language model."""
-        embeds: Tensor = self.arguments["inputs_embeds"]
-        return embeds
-
-    @property
-    def mask(self) -> Any:
-        """What it was given as attention mask: None, [B, keys], [B, heads, L, keys], or such by kind of layer."""
-        return self.arguments.get("attention_mask")
-
-    @property
-    def positions(self) -> Tensor | None:
-        """Position ids as given, last dims [B or 1, L]; None if they are counted."""
-        return self.arguments.get("position_ids")
+    embeds: Tensor
+    mask: Any
+    positions: Tensor | None
+    segments: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,19 +59,34 @@ class Step:
         keep: [B, L] bool, which positions stay.
         plan: The same, as slots.
         keys: All physical keys in logical terms, cached and new.
+        kept: Physical length of the call.
+        changes_nothing: Whether every token of the call stays and every key before it is there.
     """
 
     call: Call
     keep: Tensor
     plan: Plan
     keys: KeyMap
+    kept: int
+    changes_nothing: bool
 
-    @property
-    def kept(self) -> int:
-        """Physical length of the call."""
-        return self.plan.index.shape[1]
 
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether every token of the call stays and every key before it is there."""
-        return self.keys.full and self.keys.index.shape[1] == self.call.past_logical + self.plan.length
+@dataclasses.dataclass(frozen=True)
+class LastCall:
+    """What the last call with pictures, or on a cache that lacks some of theirs, kept.
+
+    Attributes:
+        kept: per sample, the indices of the visual tokens that stayed among those of the call, rising. A selector that
+            drops tokens between layers lets all of them in.
+        total: per sample, the number of visual tokens in the call.
+        held: [B, L] bool, the positions that are neither padding nor dropped. At a dropped position the hidden states
+            are those of the kept one before it, so leave it out of means over them.
+        scores: [groups, tokens] float32 of the selector, 0 at padding; None if it was not asked.
+        milliseconds: what asking it took (on a GPU: until the work was queued), 0 if it was not asked.
+    """
+
+    kept: list[Tensor]
+    total: list[int]
+    held: Tensor
+    scores: Tensor | None
+    milliseconds: float

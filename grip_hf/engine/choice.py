@@ -1,26 +1,24 @@
-"""Ask the selector which visual tokens of one call stay."""
+"""Ask the selector which visual tokens of one call stay, and what that makes of the call."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import GripError
-from ..families.layouts import Scene
+from ..families.layouts import View
 from . import upstream
-from .call import Call
-from .context import CallContext, attached_taps
-from .grouping import Groups, group_tokens, spread_taps
-from .keepsets import VisualBatch, topk_mask
-from .question import Question, read_question
-
-if TYPE_CHECKING:
-    from .budgets import Budget
+from .call import Call, LastCall, Step
+from .context import Budget, CallContext
+from .keepsets import Groups, VisualBatch, group_tokens, spread_taps, topk_mask
+from .masks import KeyMap
+from .plan import identity_plan, make_plan
+from .reading import Question, read_question
+from .taps import attached_taps
 
 Score = Callable[[VisualBatch], Tensor | None]
 
@@ -64,9 +62,10 @@ def choose(context: CallContext, call: Call) -> Choice | None:
     _refuse_split_picture(call)
     question = read_question(context, call.visual, call.real, first=call.past_logical == 0)
     arguments = context.arguments or {}
-    base, family = boundary.parts.base, boundary.parts.family
-    scene = Scene(call.visual, arguments.get("input_ids"), call.embeds, call.positions, base, family.tile(base.config))
-    image, positions = family.layout(scene)
+    view = View(
+        call.visual, arguments.get("input_ids"), call.embeds, call.positions, boundary.parts.base, boundary.tile
+    )
+    image, positions = boundary.parts.family.layout(view)
     groups = group_tokens(call.visual, _group_key(question, image if boundary.per_image else None))
     wanted = _counts(budget, groups, call)
     if wanted is None:
@@ -108,9 +107,9 @@ def _counts(budget: Budget, groups: Groups, call: Call) -> Tensor | None:
         rows = call.embeds[::times].repeat_interleave(times, 0)
         return torch.equal(rows, call.embeds)
 
-    totals = groups.mask.sum(1).tolist()
-    counts = budget.counts(totals, groups.row.tolist(), len(call.visual), repeated)
-    return None if counts == totals else torch.tensor(counts, device=call.visual.device)
+    totals = groups.mask.sum(1)
+    counts = budget.counts(totals, groups.row, len(call.visual), repeated)
+    return None if torch.equal(counts, totals) else counts
 
 
 def _visual_batch(
@@ -154,6 +153,8 @@ def _taps(context: CallContext) -> dict[str, Tensor]:
         GripError: It is not known: they were encoded without the patch, or cut into chunks since.
     """
     needs = getattr(context.boundary.selector, "needs", ())
+    if not needs and not context.boundary.tapped:
+        return {}
     encoded = upstream.encoded_outputs(context.arguments or {})
     taps = context.taps.joined()
     for output in encoded:
@@ -179,3 +180,40 @@ def _refuse_split_picture(call: Call) -> None:
             "a picture is split over two calls of the model, so that its tokens cannot be compared; choose "
             "prefill_chunk_size=None or a size that does not cut it, or use `with model.grip.disabled()`"
         )
+
+
+def make_step(call: Call, choice: Choice | None) -> Step:
+    """What stays of a call: all but padding, where tokens go, and all of it, where none do."""
+    batch, length = call.visual.shape
+    device = call.visual.device
+    if choice is None or choice.scores is None:  # all stay, or some go later, between the layers
+        keep, plan = torch.ones_like(call.visual), identity_plan(batch, length, device)
+    else:
+        keep = call.real & (~call.visual | choice.keep)
+        plan = make_plan(keep)
+    before = _keys_before(call)
+    index = torch.cat([before.index, plan.index + call.past_logical], 1)
+    keys = KeyMap(index, torch.cat([before.valid, plan.valid], 1), before.full and plan.full)
+    kept = plan.index.shape[1]
+    nothing = keys.full and keys.index.shape[1] == call.past_logical + length
+    return Step(call, keep, plan, keys, kept, nothing)
+
+
+def _keys_before(call: Call) -> KeyMap:
+    """The cached keys in logical terms."""
+    if call.state is not None:
+        return call.state.keys(call.past)
+    index = torch.arange(call.past, device=call.visual.device).expand(len(call.visual), -1)
+    return KeyMap(index, torch.ones_like(index, dtype=torch.bool), full=True)
+
+
+def last_call(step: Step, choice: Choice | None) -> LastCall:
+    """What a step keeps, and what the selector said."""
+    visual, held = step.call.visual, step.keep & step.call.real
+    return LastCall(
+        kept=[stays[seen].nonzero().flatten() for stays, seen in zip(held & visual, visual, strict=True)],
+        total=visual.sum(1).tolist(),
+        held=held,
+        scores=None if choice is None else choice.scores,
+        milliseconds=0.0 if choice is None else choice.milliseconds,
+    )

@@ -1,8 +1,9 @@
-"""What one thread knows of the calls of patched models that run in it. Nothing else is remembered per thread.
+"""What one thread knows of the calls of patched models that run in it, and what was said of them: budgets and prompts.
 
 Contexts nest: `generate` opens one that knows the prompt, the model around the base model one that knows the labels,
 and the base model one that knows what comes in. The language model's hooks look at the innermost one, whichever copy
-of a module runs, so that a module that was copied, wrapped or moved finds its call without an id of its own.
+of a module runs, so that a module that was copied, wrapped or moved finds its call without an id of its own. Budgets
+and prompts hold for the `with` block that says them, in its thread and asyncio task alone.
 """
 
 from __future__ import annotations
@@ -11,21 +12,32 @@ import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..config import check_keep_ratio, check_num_tokens, check_one_budget
+from ..errors import ConfigError
+from .taps import Encoding
+
 if TYPE_CHECKING:
-    from .call import Call, Step
+    from .call import Call, LastCall, Step
     from .hooks import Boundary
-    from .last import LastCall
     from .layers import LayerDrops
 
 
 class Hook:
     """Base class of every hook on a module, so that `remove_grip` finds those that copies of modules carried along."""
+
+
+def forget_hook(module: Any, number: int) -> None:
+    """Take a hook that a copy of a module carried along off it; its handle knows the original only."""
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        for kept in (name, f"{name}_with_kwargs", f"{name}_always_called"):
+            getattr(module, kept, {}).pop(number, None)
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,7 +60,7 @@ class CallContext:
     boundary: Boundary
     labels: Tensor | None = None
     arguments: dict[str, Any] | None = None
-    taps: Encoding = dataclasses.field(default_factory=lambda: Encoding())
+    taps: Encoding = dataclasses.field(default_factory=Encoding)
     call: Call | None = None
     step: Step | None = None
     layers: LayerDrops | None = None
@@ -57,32 +69,13 @@ class CallContext:
     router_mask: Tensor | None = None
 
 
-@dataclasses.dataclass
-class Encoding:
-    """Rows per visual token, by tap, each with what it was computed from; pictures in the order of their encoding."""
-
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = dataclasses.field(default_factory=dict)
-
-    def add(self, other: Encoding) -> None:
-        """Take over what another encoding collected."""
-        for name, parts in other.parts.items():
-            self.parts.setdefault(name, []).extend(parts)
-
-    def joined(self) -> dict[str, Tensor]:
-        """One tensor [tokens, ...] per tap."""
-        return {name: torch.cat([rows for _, rows in parts]) for name, parts in self.parts.items()}
-
-
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.contexts: list[CallContext] = []
-        self.encodings: list[Encoding] = []
         self.last: weakref.WeakKeyDictionary[Boundary, LastCall] = weakref.WeakKeyDictionary()
 
 
 _thread = _Thread()
-# Taps belong to the encoded output that they describe, which may come back in another call: id -> (itself, taps).
-_taps: dict[int, tuple[weakref.ref[Any], dict[str, Tensor]]] = {}
 
 
 def innermost() -> CallContext | None:
@@ -163,37 +156,141 @@ def last_of(boundary: Boundary) -> LastCall | None:
     return _thread.last.get(boundary)
 
 
-@contextlib.contextmanager
-def encoding() -> Iterator[Encoding]:
-    """Collect what is published while pictures are encoded; published elsewhere, as by a recomputation, it is lost."""
-    _thread.encodings.append(Encoding())
-    try:
-        yield _thread.encodings[-1]
-    finally:
-        _thread.encodings.pop()
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """One budget for all samples, or one per sample.
 
-
-def publish(name: str, source: Tensor, rows: Callable[[], Tensor]) -> None:
-    """Add to the tap `name` of the pictures that are being encoded.
-
-    Args:
-        name: The tap.
-        source: What it is computed from. Of several hooks that tap the same of one source, the first publishes.
-        rows: Gives the rows [tokens, ...]; not asked if nobody collects them.
+    Attributes:
+        keep_ratio: a ratio in (0, 1], or a tuple with one per sample.
+        num_tokens: a count >= 1, or a tuple with one per sample.
+        everything: True keeps all tokens, whatever the other two say.
     """
-    if _thread.encodings:
-        parts = _thread.encodings[-1].parts.setdefault(name, [])
-        if not any(source is one for one, _ in parts):
-            parts.append((source, rows()))
+
+    keep_ratio: float | tuple[float, ...] | None = None
+    num_tokens: int | tuple[int, ...] | None = None
+    everything: bool = False
+
+    @classmethod
+    def checked(cls, keep_ratio: Any = None, num_tokens: Any = None) -> Budget:
+        """Validate a budget given by a user; raise `ConfigError` if it is not allowed."""
+        check_one_budget(keep_ratio, num_tokens)
+        if keep_ratio is not None:
+            return cls(keep_ratio=_each(keep_ratio, check_keep_ratio, "keep_ratio"))
+        return cls(num_tokens=_each(num_tokens, check_num_tokens, "num_tokens"))
+
+    def counts(self, totals: Tensor, rows: Tensor, batch: int, repeated: Callable[[int], bool]) -> Tensor:
+        """[G] long: tokens to keep per group, each as `config.count_kept` counts them.
+
+        Args:
+            totals: [G] long, visual tokens of each group, at least 1.
+            rows: [G] long, the row of each group in the batch.
+            batch: Number of rows.
+            repeated: Whether each sample of the batch stands so many times in a row, as `generate` repeats them for
+                beams; these keep the per-sample budgets of the original samples.
+
+        Raises:
+            ConfigError: Budgets per sample are not as many as the samples.
+        """
+        if self.everything:
+            return totals
+        if self.num_tokens is not None:
+            numbers = torch.tensor(self._per_row(self.num_tokens, "num_tokens", batch, repeated))
+            return numbers.to(rows.device)[rows].minimum(totals)
+        # On the CPU, in double precision, which some devices lack.
+        ratios = torch.tensor(self._per_row(self.keep_ratio, "keep_ratio", batch, repeated), dtype=torch.float64)
+        counts = (ratios[rows.cpu()] * totals.cpu() + 0.5).floor().long().clamp(min=1)
+        return counts.to(totals.device).minimum(totals)
+
+    def _per_row(self, value: Any, name: str, batch: int, repeated: Callable[[int], bool]) -> list[Any]:
+        if not isinstance(value, tuple):
+            return [value] * batch
+        repeats = batch // len(value)
+        if batch % len(value) or (repeats > 1 and not repeated(repeats)):
+            raise ConfigError(f"{name} has {len(value)} values for a batch of {batch} samples; give one per sample")
+        return [one for one in value for _ in range(repeats)]
+
+    @property
+    def most(self) -> int | None:
+        """The largest number of tokens wanted, if the budget is a number."""
+        return max(self.num_tokens) if isinstance(self.num_tokens, tuple) else self.num_tokens
 
 
-def attach_taps(encoded: Any, taps: dict[str, Tensor]) -> None:
-    """Let an encoded output carry the taps of its pictures, for as long as it lives."""
-    key = id(encoded)
-    _taps[key] = weakref.ref(encoded, lambda _: _taps.pop(key, None)), taps
+def _each(value: Any, check: Any, name: str) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if not value:
+            raise ConfigError(f"{name} must have one value per sample, got {value!r}")
+        return tuple(check(one) for one in value)
+    return check(value)
 
 
-def attached_taps(encoded: Any) -> dict[str, Tensor]:
-    """The taps that an encoded output carries."""
-    known, taps = _taps.get(id(encoded), (None, {}))
-    return taps if known is not None and known() is encoded else {}
+# (owner, thread) of each open block, so that a thread that was started inside one can be told that it is not in it.
+_open_blocks: list[tuple[object, int]] = []
+# A stack of (owner, budget), so that several models may be overridden at once. A context variable is private to each
+# thread and to each asyncio task, which makes budgets per call thread-safe.
+_stack: ContextVar[tuple[tuple[object, Budget], ...]] = ContextVar("grip_budgets", default=())
+
+
+@contextlib.contextmanager
+def override(owner: object, budget: Budget) -> Iterator[None]:
+    """Use `budget` for the model that `owner` belongs to within this block, in this thread."""
+    token = _stack.set((*_stack.get(), (owner, budget)))
+    block = (owner, threading.get_ident())
+    _open_blocks.append(block)
+    try:
+        yield
+    finally:
+        _open_blocks.remove(block)
+        _stack.reset(token)
+
+
+def current(owner: object) -> Budget | None:
+    """The innermost budget set for `owner` in this thread, if any."""
+    return next((budget for key, budget in reversed(_stack.get()) if key is owner), None)
+
+
+def open_elsewhere(owner: object) -> bool:
+    """Whether a block is open for `owner` in another thread, which this one may have been started from."""
+    here = threading.get_ident()
+    return any(key is owner and thread != here for key, thread in tuple(_open_blocks))
+
+
+def budget_of(boundary: Boundary) -> Budget:
+    """The budget of the call at hand: what was said of the model, or of the one that it follows, or the usual one."""
+    said = current(boundary.key)
+    if said is None and boundary.leader is not None:
+        return budget_of(boundary.leader)
+    if said is None and open_elsewhere(boundary.key):
+        boundary.warn_once(
+            "a budget(...) or disabled() block is open in another thread and does not hold in this one. A thread "
+            "that was started inside the block takes it along by its context: "
+            "Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)"
+        )
+    return said or boundary.usual
+
+
+# A stack of (owner, prompt), so that several models may be told at once; private to each thread and task.
+_told: ContextVar[tuple[tuple[object, Tensor | Sequence[int]], ...]] = ContextVar("grip_prompts", default=())
+
+
+@contextlib.contextmanager
+def told(owner: object, prompt: Tensor | Sequence[int]) -> Iterator[None]:
+    """Within the block, calls of the model that `owner` belongs to have this prompt (see `GripHandle.prompt`)."""
+    if not isinstance(prompt, Tensor):
+        lengths = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str) else []
+        if not lengths or not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in lengths):
+            raise ConfigError(f"prompt must be a mask [B, L] or a list of lengths >= 0, got {prompt!r}")
+    elif prompt.ndim != 2 or prompt.is_floating_point():
+        raise ConfigError(
+            f"prompt must be a mask [B, L] of bools or integers, got {prompt.dtype} {tuple(prompt.shape)}"
+        )
+    token = _told.set((*_told.get(), (owner, prompt)))
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
+def told_prompt(boundary: Boundary) -> Tensor | Sequence[int] | None:
+    """What was said of the prompt of a model's calls, or of those of the model that it follows, if anything was."""
+    mine = [one.key for one in (boundary, boundary.leader) if one is not None]
+    return next((prompt for key, prompt in reversed(_told.get()) if any(key is own for own in mine)), None)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,17 +20,27 @@ from torch import nn
 from ..errors import GripError
 from ..families.table import Parts
 from . import routing, upstream
-from .arguments import check, decode_arguments, decodes_simply, prune_arguments
-from .budgets import Budget
+from .arguments import check, prune_arguments
 from .cache import find, given_back, logical_of, physical, returned, set_states, state_of, states_of
-from .choice import Score, choose
-from .context import CallContext, Hook, forget, innermost, interrupted, push, remember_last, running
-from .growing import grow_output
-from .last import LastCall
+from .choice import Score, choose, last_call, make_step
+from .context import (
+    Budget,
+    CallContext,
+    Hook,
+    budget_of,
+    forget,
+    forget_hook,
+    innermost,
+    interrupted,
+    push,
+    remember_last,
+    running,
+)
+from .decoding import decode_arguments, decodes_simply
 from .layers import LayerDrops, hook_layers
 from .methods import Encode, Generate
-from .question import labels_of
-from .reading import growths, make_step, read, states_after
+from .plan import grow_output, growths
+from .reading import labels_of, read, states_after
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,22 +52,25 @@ class Boundary:
         selector: scores visual tokens.
         per_image: True if every image has its own budget.
         compact: True if positions are re-numbered.
-        budget: gives the budget of the call at hand.
+        usual: the budget of a call of which nothing else is said.
         key: whose budgets and prompts count.
-        leader: whose count too, if another patch is followed.
+        leader: the patch whose count too, if another one is followed.
+        tapped: True if the selector taps the vision tower.
     """
 
     parts: Parts
     selector: Score
     per_image: bool
     compact: bool
-    budget: Callable[[], Budget]
+    usual: Budget
     key: object
-    leader: Any = None
+    leader: Boundary | None = None
+    tapped: bool = False
 
     def __post_init__(self) -> None:
         self.base_parameters = upstream.parameters(self.parts.base)
         self.owner_parameters = upstream.parameters(self.parts.owner)
+        self.tile = self.parts.family.tile(self.parts.base.config)
         self.said: set[str] = set()
         self._removable: list[Any] = []
 
@@ -71,7 +83,7 @@ class Boundary:
         owner, base, language_model = self.parts.owner, self.parts.base, self.parts.language_model
         before_owner, before_base = (BeforeHook(self, name) for name in ("before_owner", "before_base"))
         after_owner, after_base = (AfterHook(self, name) for name in ("after_owner", "after_base"))
-        self._removable = list(selector_hooks)
+        self._removable, self.tapped = list(selector_hooks), bool(selector_hooks)
         if owner is not base:
             self._removable += [
                 owner.register_forward_pre_hook(before_owner, with_kwargs=True),
@@ -100,13 +112,17 @@ class Boundary:
         for module in self.parts.owner.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for number in [number for number, hook in hooks.items() if isinstance(hook, Hook)]:
-                    _forget_hook(module, number)
+                    forget_hook(module, number)
 
     def warn_once(self, message: str) -> None:
         """Warn, once per patch."""
         if message not in self.said:
             self.said.add(message)
             warnings.warn(message, UserWarning, stacklevel=2)
+
+    def budget(self) -> Budget:
+        """The budget of the call at hand."""
+        return budget_of(self)
 
     def trains(self, context: CallContext) -> bool:
         """Whether a call looks like one of a training step."""
@@ -250,12 +266,13 @@ def _prune(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if choice is not None and choice.embeds is not None:
         # Out here, where gradients are on: they go on through the embeddings that stay as they are.
         merged = torch.where(choice.keep[..., None], choice.embeds, call.embeds)
-        call = dataclasses.replace(call, arguments={**kwargs, "inputs_embeds": merged})
+        call = dataclasses.replace(call, arguments={**kwargs, "inputs_embeds": merged}, embeds=merged)
     step = make_step(call, choice)
     if context is not None:
         context.step = step
-        context.layers = None if choice is None else LayerDrops.of(context.boundary.selector, choice, step)
-        remember_last(context.boundary, LastCall.of(step, choice))
+        if choice is not None and choice.scores is None:
+            context.layers = LayerDrops.of(context.boundary.selector, choice, step)
+        remember_last(context.boundary, last_call(step, choice))
     if context is not None and context.layers is not None:
         return args, upstream.without_slicing(kwargs)
     return None if step.changes_nothing else (args, _shown(prune_arguments(step), call.cache))
@@ -294,14 +311,16 @@ def _restore(module: nn.Module, kwargs: dict[str, Any], cache: Any, output: Any)
         return None
     if cache is None and made is not None:
         upstream.check_new_cache(made, kwargs, module.config, step.kept)
-    grown = grow_output(output, step.plan, growths(step, layers), layers is not None)
+    later = None if layers is None else layers.plans
+    total = step.call.past_logical + step.plan.length
+    grown = grow_output(output, step.plan, growths(step.plan, step.keys, total, later or {}), later is not None)
     if context.router_mask is not None:
         routing.mark_dropped(context.router_mask, step)
     cache = made if cache is None else cache
     if cache is None:
         return grown
     if bool(step.call.visual.any()):
-        set_states(cache, states_after(step, layers))
+        set_states(cache, states_after(step, later))
     return given_back(grown, cache)
 
 
@@ -329,10 +348,3 @@ def patch_of(module: nn.Module) -> Boundary | None:
     """The patch whose hooks a module carries, if any."""
     hooks = module._forward_pre_hooks.values()
     return next((hook.boundary for hook in hooks if isinstance(hook, BeforeHook)), None)
-
-
-def _forget_hook(module: nn.Module, number: int) -> None:
-    """Take a hook that a copy of a module carried along off it; its handle knows the original only."""
-    for name in ("_forward_pre_hooks", "_forward_hooks"):
-        for kept in (name, f"{name}_with_kwargs", f"{name}_always_called"):
-            getattr(module, kept, {}).pop(number, None)

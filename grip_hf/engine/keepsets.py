@@ -1,8 +1,7 @@
-"""From scores and budgets to keep-sets: top-k, and Plackett-Luce sampling.
+"""From one call's tensors to a `VisualBatch`, and from scores and budgets to the tokens that stay.
 
-Pure tensor functions. `scores` is [G, N] float, `mask` [G, N] bool (True = real token), `budgets` [G] long. A *group*
-is a sample, or one image of it. An *order* [G, K] long lists picks in the order they were made, with -1 where a group
-has fewer than K picks.
+Pure tensor functions. A *group* is a sample, or one image of it. `scores` is [G, N] float, `mask` [G, N] bool (True =
+real token), `budgets` [G] long.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteScoreError
+from ..errors import GripError, NonFiniteScoreError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,30 +73,93 @@ def topk_mask(scores: Tensor, mask: Tensor, budgets: Tensor) -> Tensor:
     return torch.zeros_like(mask).scatter(1, ranked, chosen)
 
 
-def gumbel_topk(
-    scores: Tensor,
-    mask: Tensor,
-    budgets: Tensor,
-    generator: torch.Generator | None = None,
-    temperature: float = 1.0,
-) -> Tensor:
-    """Draw ordered picks without replacement from the Plackett-Luce distribution over `scores / temperature`.
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The visual tokens of a batch, one row per group (a sample, or one image of a sample).
 
-    Returns:
-        [G, Kmax] long with Kmax = the largest number of picks; -1 where a group has fewer.
+    Attributes:
+        row: [G] long, the batch row of each group.
+        place: [G, N] long, the position of each token in its row; 0 at padding.
+        mask: [G, N] bool, True at real tokens.
+    """
+
+    row: Tensor
+    place: Tensor
+    mask: Tensor
+
+    def key(self, values: Tensor) -> Tensor:
+        """[G] the row of each group together with its value of `values` [B, L] long, as one number."""
+        if not len(self.row):
+            return self.row
+        return self.row * (int(values.max()) + 1) + values[self.row, self.place[:, 0]]
+
+    def pick(self, values: Tensor) -> Tensor:
+        """[B, L, ...] values of the tokens: [G, N, ...], zeros at padding."""
+        picked = values[self.row[:, None], self.place]
+        mask = self.mask.view(*self.mask.shape, *[1] * (picked.ndim - 2))
+        return picked.masked_fill(~mask, 0)
+
+    def place_values(self, values: Tensor, embeds: Tensor, keep: Tensor) -> Tensor:
+        """[B, L, D]: `embeds` with `values` [G, N, D] in place of the tokens that `keep` [G, N] marks."""
+        result, chosen = embeds.clone(), keep & self.mask
+        result[self.row[:, None].expand_as(chosen)[chosen], self.place[chosen]] = values[chosen].to(embeds)
+        return result
+
+    def scatter(self, keep: Tensor, visual: Tensor) -> Tensor:
+        """[B, L] bool: the tokens of `visual` that `keep` [G, N] bool keeps."""
+        result = torch.zeros_like(visual)
+        chosen = keep & self.mask
+        result[self.row[:, None].expand_as(chosen)[chosen], self.place[chosen]] = True
+        return result
+
+
+def group_tokens(visual: Tensor, key: Tensor | None = None) -> Groups:
+    """Group the True positions of `visual` [B, L] by row, or by (row, key) if `key` [B, L] long is given.
+
+    Rows without such positions have no group.
 
     Raises:
-        NonFiniteScoreError: A real token has a NaN or infinite score.
-        ValueError: `temperature` is not positive.
+        GripError: A key is negative, which would make two rows one group.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature!r}")
-    check_finite(scores, mask)
-    # Double precision: a float32 uniform can be 0 and has visible ties at large N.
-    noise = torch.empty(scores.shape, dtype=torch.float64, device=scores.device).exponential_(generator=generator)
-    keys = scores.double() / temperature - noise.log()
-    ranked = keys.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    wanted = torch.minimum(budgets.clamp(min=0), mask.sum(1))
-    width = int(wanted.max()) if wanted.numel() else 0
-    chosen = torch.arange(width, device=scores.device) < wanted[:, None]
-    return ranked[:, :width].masked_fill(~chosen, -1)
+    rows, places = visual.nonzero(as_tuple=True)
+    own = torch.zeros_like(rows) if key is None else key[rows, places]
+    if len(own) and int(own.min()) < 0:
+        raise GripError(f"cannot tell which picture each visual token belongs to: got the number {int(own.min())}")
+    keys = rows if key is None else rows * (int(key.max()) + 1) + own
+    # The positions of a group need not adjoin; a stable sort brings them together in their order.
+    keys, order = keys.sort(stable=True)
+    rows, places = rows[order], places[order]
+    _, group, counts = keys.unique_consecutive(return_inverse=True, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    slot = torch.arange(len(keys), device=keys.device) - starts[group]
+    width = int(counts.max()) if len(counts) else 0
+    place = places.new_zeros(len(counts), width)
+    place[group, slot] = places
+    mask = torch.arange(width, device=visual.device) < counts[:, None]
+    return Groups(rows[starts], place, mask)
+
+
+def spread_taps(tap: Tensor, visual: Tensor, name: str) -> Tensor:
+    """[B, L, ...] from the rows of a tap [tokens, ...], which `generate` may have repeated for beams since.
+
+    Raises:
+        GripError: The tap has another number of rows than the batch has visual tokens.
+    """
+    total, rows = int(visual.sum()), len(visual)
+    repeats = total // max(len(tap), 1)
+    if repeats == 0 or len(tap) * repeats != total or rows % repeats:
+        raise GripError(f"tap {name!r} has {len(tap)} rows for {total} visual tokens in {rows} samples")
+    spread = tap.new_zeros(*visual.shape, *tap.shape[1:], device=visual.device)
+    spread[visual] = tap[_repeat_rows(visual, repeats)].to(visual.device)
+    return spread
+
+
+def _repeat_rows(visual: Tensor, repeats: int) -> Tensor:
+    """[total] long: the tap row of each visual token if every sample of the batch stands `repeats` times in a row."""
+    counts = visual.sum(1)
+    first = counts[::repeats]
+    if not torch.equal(first.repeat_interleave(repeats), counts):
+        raise GripError("the batch does not repeat its samples evenly, so its taps cannot be assigned")
+    starts = (first.cumsum(0) - first).repeat_interleave(repeats)
+    own = counts.cumsum(0) - counts
+    return torch.arange(int(counts.sum()), device=visual.device) + (starts - own).repeat_interleave(counts)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import GripError, UnsupportedModelError
 from . import masks, upstream
-from .attention_masks import outgrows_window, uses_flash
+from .arguments import outgrows_window, uses_flash
 from .cache import find, logical_of, physical, states_of, window
 from .call import Step
 from .choice import Choice
@@ -51,10 +51,8 @@ class LayerDrops:
     ranks: Tensor | None = None
 
     @classmethod
-    def of(cls, selector: Any, choice: Choice, step: Step) -> LayerDrops | None:
-        """The drops of a call, or None if its selector drops before the language model."""
-        if choice.scores is not None:
-            return None
+    def of(cls, selector: Any, choice: Choice, step: Step) -> LayerDrops:
+        """The drops of a call; refuses one that comes after others on a cache."""
         if step.call.past_logical:
             raise GripError(
                 f"selector {selector.name!r} cannot take pictures after the first call on a cache; start a new one, "

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .context import attach_taps, encoding, generation, running
+from .context import generation, running
+from .taps import attach_taps, encoding
 
 
 class InstanceMethod:

@@ -44,6 +44,8 @@ UNTOUCHED = ("labels", "shift_labels", "input_ids", "logits_to_keep")
 HANDLED = (*NEEDED, "visual_pos_masks", "deepstack_visual_embeds")
 # Layers that carry a state from token to token; their mask is that of the call's own tokens, [B, L], or None.
 RECURRENT = ("linear_attention", "conv")
+# Kinds of layers, as masks by kind name them.
+FULL, SLIDING = "full_attention", "sliding_attention"
 # What the router of each layer's experts said of each token, in outputs [B * L, experts].
 ROUTER_LOGITS = "router_logits"
 # Where a decoder layer has its attention.

@@ -1,24 +1,24 @@
 """How each kind of family lays out its visual tokens: which image each belongs to, and where in it.
 
-A layout takes a `Scene`, one call of the language model before pruning, and gives `image` [B, L] long and `positions`
-[B, L, 2] float, (row, column) in [0, 1]. It reads nothing but what every call has, because `generate` encodes pictures
-beforehand and does not pass on their sizes.
+A layout takes a `View`, one call of the language model before pruning, and gives `image` [B, L] long and `positions`
+[B, L, 2] float, (row, column) of the token's centre in [0, 1]; for families that cut an image into tiles, within the
+tile. It reads nothing but what every call has, because `generate` encodes pictures beforehand and does not pass on
+their sizes. Pure tensor functions; values at positions that are not visual are meaningless.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import geometry as layout
-
 
 @dataclasses.dataclass(frozen=True)
-class Scene:
+class View:
     """One call as a layout sees it.
 
     Attributes:
@@ -48,119 +48,109 @@ class Scene:
         return torch.nn.functional.pad(ids.to(self.visual.device), (1, -1), value=-1)
 
 
-Layout = Callable[[Scene], tuple[Tensor, Tensor]]
+Layout = Callable[[View], tuple[Tensor, Tensor]]
 
 
-def fixed_grid(scene: Scene) -> tuple[Tensor, Tensor]:
+def fixed_grid(view: View) -> tuple[Tensor, Tensor]:
     """Every picture has the same number of tokens, a square and perhaps a leading [CLS]."""
-    order = layout.ordinals(scene.visual)
-    return order.div(scene.tile, rounding_mode="floor"), layout.grid_positions(order % scene.tile, scene.tile)
+    order = ordinals(view.visual)
+    return order.div(view.tile, rounding_mode="floor"), grid_positions(order % view.tile, view.tile)
 
 
-def frames(scene: Scene) -> tuple[Tensor, Tensor]:
+def frames(view: View) -> tuple[Tensor, Tensor]:
     """Pictures as in `fixed_grid`; every frame of a video has a [CLS] token besides (Video-LLaVA)."""
-    video = scene.visual & (scene.input_ids == scene.config.video_token_id) if scene.input_ids is not None else None
+    video = view.visual & (view.input_ids == view.config.video_token_id) if view.input_ids is not None else None
     if video is None or not bool(video.any()):
-        return fixed_grid(scene)
-    still = scene.visual & ~video
-    order, frame = layout.ordinals(still), layout.ordinals(video)
-    pictures = order.div(scene.tile, rounding_mode="floor")
+        return fixed_grid(view)
+    still = view.visual & ~video
+    order, frame = ordinals(still), ordinals(video)
+    pictures = order.div(view.tile, rounding_mode="floor")
     count = pictures.amax(1, keepdim=True) + 1
-    image = torch.where(video, count + frame.div(scene.tile + 1, rounding_mode="floor"), pictures)
-    moving = layout.grid_positions(frame % (scene.tile + 1), scene.tile + 1)
-    return image, torch.where(video[..., None], moving, layout.grid_positions(order % scene.tile, scene.tile))
+    image = torch.where(video, count + frame.div(view.tile + 1, rounding_mode="floor"), pictures)
+    moving = grid_positions(frame % (view.tile + 1), view.tile + 1)
+    return image, torch.where(video[..., None], moving, grid_positions(order % view.tile, view.tile))
 
 
-def tiles_in_run(scene: Scene) -> tuple[Tensor, Tensor]:
-    """One unbroken run per picture, which may hold several square tiles."""
-    if not scene.tile:
-        return line(scene)
-    within = layout.within_run(scene.visual) % scene.tile
-    return layout.run_index(scene.visual), layout.grid_positions(within, scene.tile)
-
-
-def marked_tiles(scene: Scene) -> tuple[Tensor, Tensor]:
-    """One unbroken run per tile, each after a marker token such as <row_1_col_2>; a whole view ends each picture.
-
-    So the marker of a row's last run is that of whole views. Without token ids each tile counts as a picture.
-    """
-    run, within = layout.run_index(scene.visual), layout.within_run(scene.visual)
-    positions = layout.grid_positions(within % scene.tile, scene.tile)
-    if scene.input_ids is None:
-        return run, positions
-    markers, starts = scene.before(), scene.visual & (within == 0)
-    slots = torch.arange(starts.shape[1], device=starts.device)
-    begin = torch.where(starts, slots, 0).cummax(1).values
-    whole = (starts & (markers == markers.gather(1, begin[:, -1:]))).long()
-    return whole.cumsum(1) - whole.gather(1, begin), positions  # whole views before the token's own run
-
-
-def started_tiles(scene: Scene) -> tuple[Tensor, Tensor]:
-    """One unbroken run per tile; a start token of its own begins each picture (Ovis2)."""
-    positions = layout.grid_positions(layout.within_run(scene.visual) % scene.tile, scene.tile)
-    markers = scene.config.visual_indicator_token_ids
-    if scene.input_ids is None or not markers:
-        return layout.run_index(scene.visual), positions
-    # A prompt cut off before its first start token still begins with a picture.
-    started = (scene.input_ids.to(scene.visual.device) == markers[0]).long().cumsum(1) - 1
-    return started.clamp(min=0), positions
-
-
-def joined_tiles(scene: Scene) -> tuple[Tensor, Tensor]:
-    """One unbroken run per tile, with one and the same token between the tiles of a picture (Cohere2 Vision)."""
-    positions = layout.grid_positions(layout.within_run(scene.visual) % scene.tile, scene.tile)
-    return layout.joined_runs(scene.visual, scene.before()), positions
-
-
-def joined_rows(scene: Scene) -> tuple[Tensor, Tensor]:
-    """One unbroken run per row, with one and the same token between the rows of a picture (Mistral3)."""
-    image = layout.joined_runs(scene.visual, scene.before())
-    place = torch.stack([layout.run_index(scene.visual), layout.within_run(scene.visual)], -1)
-    return image, layout.scaled_positions(place, image, scene.visual)
-
-
-def started_rows(scene: Scene) -> tuple[Tensor, Tensor]:
-    """Views of rows as in `joined_rows`; a whole view, with a start token of its own, begins each picture (Molmo2).
-
-    Without token ids each view counts as a picture. Frames have other start tokens: a video counts as one picture.
-    """
-    view, positions = joined_rows(scene)
-    if scene.input_ids is None:
-        return view, positions
-    start = scene.config.low_res_image_start_token_id
-    return ((scene.input_ids.to(scene.visual.device) == start).long().cumsum(1) - 1).clamp(min=0), positions
-
-
-def line(scene: Scene) -> tuple[Tensor, Tensor]:
+def line(view: View) -> tuple[Tensor, Tensor]:
     """One unbroken run per picture, of a width that cannot be told from the call: tokens count as one column."""
-    run, within = layout.run_index(scene.visual), layout.within_run(scene.visual)
+    run, within = run_index(view.visual), within_run(view.visual)
     place = torch.stack([within, torch.zeros_like(within)], -1)
-    return run, layout.scaled_positions(place, run, scene.visual)
+    return run, scaled_positions(place, run, view.visual)
 
 
-def latents(scene: Scene) -> tuple[Tensor, Tensor]:
+def latents(view: View) -> tuple[Tensor, Tensor]:
     """Tokens that a resampler drew from the whole picture, so that they lie nowhere: each counts as its middle."""
-    run = layout.run_index(scene.visual)
+    run = run_index(view.visual)
     return run, torch.full((*run.shape, 2), 0.5, device=run.device)
 
 
-def newline_rows(scene: Scene) -> tuple[Tensor, Tensor]:
-    """A base picture, then a grid whose rows end with a learned newline embedding (LLaVA-NeXT, LLaVA-OneVision)."""
-    newline: Tensor = scene.base.image_newline  # type: ignore[assignment]
-    ends = (scene.embeds == newline.to(scene.embeds)).all(-1) & scene.visual
-    return layout.newline_coordinates(scene.visual, ends, scene.tile)
-
-
-def rotary_grid(scene: Scene) -> tuple[Tensor, Tensor]:
+def rotary_grid(view: View) -> tuple[Tensor, Tensor]:
     """Rows and columns are the last two kinds of M-RoPE positions (Qwen2-VL and its relatives).
 
     Within a run, a picture keeps its temporal position and a video moves it on: a change starts a new picture only
     at picture tokens.
     """
-    if scene.position_ids is None or scene.position_ids.ndim < 3:
-        return line(scene)
-    time, rows, columns = scene.position_ids[-3:].expand(3, *scene.visual.shape)
-    if scene.input_ids is not None:
-        time = time.masked_fill(scene.input_ids == getattr(scene.config, "video_token_id", -1), 0)
-    image = layout.changes(time, scene.visual)
-    return image, layout.scaled_positions(torch.stack([rows, columns], -1), image, scene.visual)
+    if view.position_ids is None or view.position_ids.ndim < 3:
+        return line(view)
+    time, rows, columns = view.position_ids[-3:].expand(3, *view.visual.shape)
+    if view.input_ids is not None:
+        time = time.masked_fill(view.input_ids == getattr(view.config, "video_token_id", -1), 0)
+    image = changes(time, view.visual)
+    return image, scaled_positions(torch.stack([rows, columns], -1), image, view.visual)
+
+
+def ordinals(visual: Tensor) -> Tensor:
+    """[B, L] long: each visual token's index among the visual tokens of its row."""
+    return visual.long().cumsum(1) - 1
+
+
+def run_index(visual: Tensor) -> Tensor:
+    """[B, L] long: which unbroken run of visual tokens a token belongs to, counted per row."""
+    starts = visual & ~torch.nn.functional.pad(visual, (1, -1))
+    return starts.long().cumsum(1) - 1
+
+
+def within_run(visual: Tensor) -> Tensor:
+    """[B, L] long: each visual token's index within its unbroken run."""
+    slots = torch.arange(visual.shape[1], device=visual.device).expand_as(visual)
+    starts = visual & ~torch.nn.functional.pad(visual, (1, -1))
+    return slots - torch.where(starts, slots, 0).cummax(1).values
+
+
+def grid_positions(within: Tensor, tokens: int) -> Tensor:
+    """[B, L, 2] positions on a square grid of `tokens` tokens in raster order, given the index within the grid.
+
+    Tokens beyond the largest square (such as a leading [CLS]) come first and lie in the middle.
+    """
+    side = math.isqrt(tokens)
+    place = within - (tokens - side * side)
+    centres = (torch.stack([place.div(side, rounding_mode="floor"), place % side], -1) + 0.5) / side
+    return torch.where(place[..., None] < 0, 0.5, centres)
+
+
+def scaled_positions(coordinates: Tensor, image: Tensor, visual: Tensor) -> Tensor:
+    """[B, L, 2] positions from integer (row, column) `coordinates` [B, L, 2], scaled to each image's own extent.
+
+    `image` [B, L] long says which image of its sample a token belongs to.
+    """
+    groups = image.masked_fill(~visual, 0)
+    groups = groups + torch.arange(len(groups), device=groups.device)[:, None] * (groups.max() + 1)
+    flat, index = coordinates[visual].float(), groups[visual][:, None].expand(-1, 2)
+    size = int(index.max()) + 1 if len(index) else 0
+    empty = flat.new_zeros(size, 2)
+    low = empty.scatter_reduce(0, index, flat, "amin", include_self=False)
+    high = empty.scatter_reduce(0, index, flat, "amax", include_self=False)
+    low, high = low.gather(0, index), high.gather(0, index)
+    positions = coordinates.new_zeros(coordinates.shape, dtype=torch.float32)
+    positions[visual] = (flat - low + 0.5) / (high - low + 1)
+    return positions
+
+
+def changes(values: Tensor, visual: Tensor) -> Tensor:
+    """[B, L] long: a running count, per row, of visual tokens whose `values` [B, L] differ from the token before.
+
+    Each unbroken run of visual tokens starts a new count too, so equal counts mean "same run, same value".
+    """
+    before = torch.nn.functional.pad(values, (1, -1))
+    starts = visual & (~torch.nn.functional.pad(visual, (1, -1)) | (values != before))
+    return starts.long().cumsum(1) - 1

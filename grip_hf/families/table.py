@@ -11,17 +11,12 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .layouts import (
-    Layout,
-    fixed_grid,
-    frames,
+from .layouts import Layout, fixed_grid, frames, latents, line, rotary_grid
+from .tiles import (
     joined_rows,
     joined_tiles,
-    latents,
-    line,
     marked_tiles,
     newline_rows,
-    rotary_grid,
     started_rows,
     started_tiles,
     tiles_in_run,

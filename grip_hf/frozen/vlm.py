@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..config import GripConfig
-from ..engine.context import attach_taps, attached_taps, encoding
 from ..engine.keepsets import VisualBatch
+from ..engine.taps import attach_taps, attached_taps, encoding
 from ..engine.upstream import ENCODED, check_takes_encoded
 from ..errors import DatasetError
 from ..families.table import find_parts

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..tables import Column, Table
+
 PLAN, TABLE = "plan.json", "eval_table.json"
 
 
@@ -34,10 +36,13 @@ def left_by_training(scorer: Any, results: bool = True, training: bool = True) -
 
 def describe_run(saved: Mapping[str, Any]) -> str:
     """What `plan.json` says of a run, as Markdown."""
-    lines = ["| setting | value |", "|---|---|"]
+    rows = []
     for name, value in saved["plan"].items():
         inside = value.items() if isinstance(value, Mapping) else [("", value)]
-        lines += [
-            f"| {f'{name}.{key}' if key else name} | `{json.dumps(one)}` |" for key, one in inside if one is not None
+        rows += [
+            {"setting": f"{name}.{key}" if key else name, "value": f"`{json.dumps(one)}`"}
+            for key, one in inside
+            if one is not None
         ]
-    return f"By `grip-hf train` of grip_hf {saved.get('grip_hf')} with these settings:\n\n" + "\n".join(lines)
+    table = Table([Column("setting", "setting", left=True), Column("value", "value", left=True)], rows)
+    return f"By `grip-hf train` of grip_hf {saved.get('grip_hf')} with these settings:\n\n{table.markdown()}"

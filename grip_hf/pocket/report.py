@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from grip_hf.pocket.lessons import PocketTrainer, score
 from grip_hf.pocket.lessons2 import make_trainer
@@ -15,6 +14,14 @@ from grip_hf.pocket.model import load_pocket
 from grip_hf.pocket.scenes import make_scene
 from grip_hf.pocket.sprites import STYLES
 from grip_hf.pocket.testbeds import POCKET, TESTBEDS
+from grip_hf.tables import Column, Table
+
+COLUMNS = (
+    Column("family", "family", left=True),
+    Column("right", "accuracy", "{:.1%}"),
+    Column("chance", "chance", "{:.1%}"),
+    Column("questions", "n"),
+)
 
 
 def accuracies(
@@ -51,12 +58,8 @@ def report(
     """Ask a shipped pocket LLaVA all questions of held-out scenes, with all of its visual tokens."""
     chosen = tuple(style.strip() for style in styles.split(","))
     rows = accuracies(make_trainer(load_pocket(testbed)[0], testbed), scenes, seed, chosen)
-    table = Table(title=f"unpruned LLaVA of {testbed}, {scenes} held-out scenes from seed {seed}, styles {styles}")
-    for column in ("family", "right", "chance", "questions"):
-        table.add_column(column, justify="left" if column == "family" else "right")
-    for family, row in rows.items():
-        table.add_row(family, f"{row['accuracy']:.1%}", f"{row['chance']:.1%}", str(row["n"]))
-    Console().print(table)
+    title = f"unpruned LLaVA of {testbed}, {scenes} held-out scenes from seed {seed}, styles {styles}"
+    Console().print(Table(COLUMNS, [{"family": family, **row} for family, row in rows.items()], title).rich())
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -29,7 +29,10 @@ from grip_hf.pocket.testbeds import POCKET, get_testbed
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
-    """Linear warm-up over 100 steps, then a cosine to 2 % of the peak."""
+    """A cosine to 2 % of the peak, times a linear warm-up over 100 steps.
+
+    Not one of transformers' schedules, whose cosines begin after the warm-up: this is what the shipped weights had.
+    """
     ramp = min(1.0, (step + 1) / 100)
     return peak * ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / max(total, 1))))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.context import publish
+from ..engine.taps import publish
 from ..errors import UnsupportedModelError
 from ..families.table import find_parts
 from ..families.towers import PREFIX, TOWERS, Tower, remember_grid

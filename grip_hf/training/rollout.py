@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.keepsets import gumbel_topk
+from ..engine.keepsets import check_finite
 from ..errors import ConfigError
 from ..frozen.store import SampleStore
 from .policy import score_groups
@@ -111,3 +111,32 @@ def _pick(
     greedy = torch.tensor(lead, device=mask.device) | (temperature is None)
     order = torch.where(greedy[:, None], best, order).cpu()
     return [picks[:count] for picks, count in zip(order, counts, strict=True)]
+
+
+def gumbel_topk(
+    scores: Tensor,
+    mask: Tensor,
+    budgets: Tensor,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Draw ordered picks without replacement from the Plackett-Luce distribution over `scores / temperature`.
+
+    Returns:
+        [G, Kmax] long with Kmax = the largest number of picks; -1 where a group has fewer.
+
+    Raises:
+        NonFiniteScoreError: A real token has a NaN or infinite score.
+        ValueError: `temperature` is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature!r}")
+    check_finite(scores, mask)
+    # Double precision: a float32 uniform can be 0 and has visible ties at large N.
+    noise = torch.empty(scores.shape, dtype=torch.float64, device=scores.device).exponential_(generator=generator)
+    keys = scores.double() / temperature - noise.log()
+    ranked = keys.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    wanted = torch.minimum(budgets.clamp(min=0), mask.sum(1))
+    width = int(wanted.max()) if wanted.numel() else 0
+    chosen = torch.arange(width, device=scores.device) < wanted[:, None]
+    return ranked[:, :width].masked_fill(~chosen, -1)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from plackett_luce import log_prob
 
-from grip_hf.engine.keepsets import gumbel_topk, topk_mask
+from grip_hf.engine.keepsets import topk_mask
 from grip_hf.errors import NonFiniteScoreError
+from grip_hf.training.rollout import gumbel_topk
 
 
 def test_topk_mask_keeps_the_best_real_tokens():

@@ -1,13 +1,14 @@
-"""pruning.py, masks.py, grouping.py and budgets.py against plain-python loops."""
+"""plan.py, masks.py, the grouping of keepsets.py and the budgets of context.py against plain-python loops."""
 
 import pytest
 import torch
 
-from grip_hf.engine.budgets import Budget
-from grip_hf.engine.grouping import group_tokens, spread_taps
-from grip_hf.engine.growing import grow_output, growth
+from grip_hf.config import count_kept
+from grip_hf.engine.arguments import compact_positions
+from grip_hf.engine.context import Budget
+from grip_hf.engine.keepsets import group_tokens, spread_taps
 from grip_hf.engine.masks import KeyMap, Window, causal_4d, mask_2d, mask_4d
-from grip_hf.engine.plan import compact_positions, expand, identity_plan, make_plan, source_slots, take, take_last
+from grip_hf.engine.plan import expand, grow_output, growth, identity_plan, make_plan, source_slots, take, take_last
 from grip_hf.errors import ConfigError, GripError
 
 
@@ -167,19 +168,22 @@ def test_budgets_count_per_group():
     def never(times):
         return False
 
-    assert Budget(keep_ratio=0.5).counts([4, 5, 0], [0, 1, 2], 3, never) == [2, 3, 0]
-    assert Budget(num_tokens=(1, 9)).counts([4, 4, 4], [0, 0, 1], 2, bool) == [1, 1, 4]
-    assert Budget(num_tokens=(1, 2)).counts([4] * 4, [0, 1, 2, 3], 4, lambda times: times == 2) == [
-        1,
-        1,
-        2,
-        2,
-    ]  # for beams
+    def counts(budget, totals, rows, batch, repeated):
+        return budget.counts(torch.tensor(totals), torch.tensor(rows), batch, repeated).tolist()
+
+    assert counts(Budget(keep_ratio=0.5), [4, 5, 1], [0, 1, 2], 3, never) == [2, 3, 1]
+    assert counts(Budget(num_tokens=(1, 9)), [4, 4, 4], [0, 0, 1], 2, bool) == [1, 1, 4]
+    beams = counts(Budget(num_tokens=(1, 2)), [4] * 4, [0, 1, 2, 3], 4, lambda times: times == 2)
+    assert beams == [1, 1, 2, 2]
     with pytest.raises(ConfigError, match="num_tokens has 2 values for a batch of 4"):  # four samples of their own
-        Budget(num_tokens=(1, 2)).counts([4] * 4, [0, 1, 2, 3], 4, never)
-    assert Budget(everything=True).counts([4, 0], [0, 1], 2, never) == [4, 0]
+        counts(Budget(num_tokens=(1, 2)), [4] * 4, [0, 1, 2, 3], 4, never)
+    assert counts(Budget(everything=True), [4, 2], [0, 1], 2, never) == [4, 2]
     with pytest.raises(ConfigError, match="num_tokens has 2 values for a batch of 3"):
-        Budget(num_tokens=(1, 2)).counts([4], [0], 3, never)
+        counts(Budget(num_tokens=(1, 2)), [4], [0], 3, never)
+    ratios, totals = [0.01, 0.11, 1 / 3, 0.145, 0.5, 0.999, 1.0], list(range(1, 700))
+    for ratio in ratios:
+        wanted = [count_kept(total, ratio) for total in totals]
+        assert counts(Budget(keep_ratio=ratio), totals, [0] * len(totals), 1, never) == wanted
     for bad in ([], [0.5, 0], [True], "half"):
         with pytest.raises(ConfigError, match="keep_ratio"):
             Budget.checked(keep_ratio=bad)

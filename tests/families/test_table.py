@@ -16,8 +16,9 @@ from versions import ABSENT
 
 from grip_hf import apply_grip
 from grip_hf.errors import UnsupportedModelError
-from grip_hf.families.geometry import grid_positions, newline_coordinates, run_index, within_run
+from grip_hf.families.layouts import grid_positions, run_index, within_run
 from grip_hf.families.table import FAMILIES, find_parts
+from grip_hf.families.tiles import newline_coordinates
 
 
 def grid(height, width):

@@ -26,7 +26,7 @@ class Fault(NamedTuple):
 FAULTS = (
     Fault(
         "fillers of a batch are not masked while decoding",
-        "grip_hf/engine/arguments.py",
+        "grip_hf/engine/decoding.py",
         '        if not state.full:\n            new["attention_mask"]',
         '        if False:\n            new["attention_mask"]',
         ("tests/engine/test_cache.py",),
@@ -96,7 +96,7 @@ FAULTS = (
     ),
     Fault(
         "padding shifts compact positions",
-        "grip_hf/engine/plan.py",
+        "grip_hf/engine/arguments.py",
         "gone = (real & ~keep).to(",
         "gone = (~keep).to(",
         ("tests/engine/test_plan.py",),
@@ -110,14 +110,14 @@ FAULTS = (
     ),
     Fault(
         "decoding forgets the shift of compact positions",
-        "grip_hf/engine/arguments.py",
+        "grip_hf/engine/decoding.py",
         'new["position_ids"] = positions - state.shift',
         'new["position_ids"] = positions',
         ("tests/engine/test_cache.py",),
     ),
     Fault(
         "decoding counts from the physical length",
-        "grip_hf/engine/arguments.py",
+        "grip_hf/engine/decoding.py",
         "[None] + cache.get_seq_length()",
         "[None] + physical_length(cache)",
         ("tests/engine/test_cache.py",),
@@ -131,7 +131,7 @@ FAULTS = (
     ),
     Fault(
         "last rows are taken for others than they are",
-        "grip_hf/engine/growing.py",
+        "grip_hf/engine/plan.py",
         "    if not bool((plan.index[:, -rows:] == last).all()):",
         "    if False:",
         ("tests/engine/test_plan.py",),
@@ -152,21 +152,21 @@ FAULTS = (
     ),
     Fault(
         "a turn ends one token late",
-        "grip_hf/engine/question.py",
+        "grip_hf/engine/reading.py",
         "turn = torch.nn.functional.pad(ends.long().cumsum(1), (1, -1))",
         "turn = torch.nn.functional.pad(ends.long().cumsum(1), (2, -2))",
         ("tests/engine/test_question.py",),
     ),
     Fault(
         "a picture without words is chosen by none",
-        "grip_hf/engine/question.py",
+        "grip_hf/engine/reading.py",
         "return Question(asked | unasked, turn)",
         "return Question(asked, turn)",
         ("tests/engine/test_question.py",),
     ),
     Fault(
         "labels go before what the user says",
-        "grip_hf/engine/question.py",
+        "grip_hf/engine/reading.py",
         "    if prompt is not None:\n",
         "    if prompt is not None and context.labels is None:\n",
         ("tests/engine/test_question.py",),
@@ -187,7 +187,7 @@ FAULTS = (
     ),
     Fault(
         "budgets per sample go to the wrong beams",
-        "grip_hf/engine/budgets.py",
+        "grip_hf/engine/context.py",
         "return [one for one in value for _ in range(repeats)]",
         "return [one for _ in range(repeats) for one in value]",
         ("tests/engine/test_silence.py",),

@@ -11,9 +11,8 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from ...engine.choice import Score
-from ...engine.grouping import group_tokens
-from ...engine.keepsets import VisualBatch, topk_mask
-from ...families.layouts import Scene
+from ...engine.keepsets import VisualBatch, group_tokens, topk_mask
+from ...families.layouts import View
 from ...families.table import Family
 from .positions import embedded_span
 
@@ -74,8 +73,8 @@ def choose_rows(
     visual = _stack([pad(one.visual, (len(one.text), 0)) for one in pictures], 0).to(device)
     ids = _stack([torch.cat([one.text, one.content]) for one in pictures], -1).to(device)
     embeds = _stack([rows[:, :width] for rows in embedded], 0)
-    scene = Scene(visual, ids, embeds, _axes(pictures, visual), base, family.tile(base.config))
-    image, positions = family.layout(scene)
+    view = View(visual, ids, embeds, _axes(pictures, visual), base, family.tile(base.config))
+    image, positions = family.layout(view)
     groups = group_tokens(visual)
     words = embeds[:, : int(lengths.max())]
     text_mask = torch.arange(words.shape[1], device=device) < lengths[:, None]

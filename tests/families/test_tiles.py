@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from grip_hf.families.geometry import joined_runs, newline_coordinates
+from grip_hf.families.tiles import joined_runs, newline_coordinates
 
 
 def loop_over_runs(visual, before):

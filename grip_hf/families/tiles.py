@@ -1,7 +1,6 @@
-"""Where each visual token lies: which image of its sample, and where in that image. Pure tensor functions.
+"""Layouts of families that cut a picture into tiles, or into rows, told apart by runs of tokens and what lies between.
 
-All work on `visual` [B, L] bool and return [B, L] or [B, L, 2]; values at other positions are meaningless. Positions
-are (row, column) of the token's centre in [0, 1]; for families that cut an image into tiles, within the tile.
+See `layouts`; pure tensor functions.
 """
 
 from __future__ import annotations
@@ -11,74 +10,74 @@ import math
 import torch
 from torch import Tensor
 
-
-def ordinals(visual: Tensor) -> Tensor:
-    """[B, L] long: each visual token's index among the visual tokens of its row."""
-    return visual.long().cumsum(1) - 1
+from .layouts import View, grid_positions, line, ordinals, run_index, scaled_positions, within_run
 
 
-def run_index(visual: Tensor) -> Tensor:
-    """[B, L] long: which unbroken run of visual tokens a token belongs to, counted per row."""
-    starts = visual & ~torch.nn.functional.pad(visual, (1, -1))
-    return starts.long().cumsum(1) - 1
+def tiles_in_run(view: View) -> tuple[Tensor, Tensor]:
+    """One unbroken run per picture, which may hold several square tiles."""
+    if not view.tile:
+        return line(view)
+    within = within_run(view.visual) % view.tile
+    return run_index(view.visual), grid_positions(within, view.tile)
 
 
-def within_run(visual: Tensor) -> Tensor:
-    """[B, L] long: each visual token's index within its unbroken run."""
-    slots = torch.arange(visual.shape[1], device=visual.device).expand_as(visual)
-    starts = visual & ~torch.nn.functional.pad(visual, (1, -1))
-    return slots - torch.where(starts, slots, 0).cummax(1).values
+def marked_tiles(view: View) -> tuple[Tensor, Tensor]:
+    """One unbroken run per tile, each after a marker token such as <row_1_col_2>; a whole view ends each picture.
 
-
-def grid_positions(within: Tensor, tokens: int) -> Tensor:
-    """[B, L, 2] positions on a square grid of `tokens` tokens in raster order, given the index within the grid.
-
-    Tokens beyond the largest square (such as a leading [CLS]) come first and lie in the middle.
+    So the marker of a row's last run is that of whole views. Without token ids each tile counts as a picture.
     """
-    side = math.isqrt(tokens)
-    place = within - (tokens - side * side)
-    centres = (torch.stack([place.div(side, rounding_mode="floor"), place % side], -1) + 0.5) / side
-    return torch.where(place[..., None] < 0, 0.5, centres)
+    run, within = run_index(view.visual), within_run(view.visual)
+    positions = grid_positions(within % view.tile, view.tile)
+    if view.input_ids is None:
+        return run, positions
+    markers, starts = view.before(), view.visual & (within == 0)
+    slots = torch.arange(starts.shape[1], device=starts.device)
+    begin = torch.where(starts, slots, 0).cummax(1).values
+    whole = (starts & (markers == markers.gather(1, begin[:, -1:]))).long()
+    return whole.cumsum(1) - whole.gather(1, begin), positions  # whole views before the token's own run
 
 
-def scaled_positions(coordinates: Tensor, image: Tensor, visual: Tensor) -> Tensor:
-    """[B, L, 2] positions from integer (row, column) `coordinates` [B, L, 2], scaled to each image's own extent.
+def started_tiles(view: View) -> tuple[Tensor, Tensor]:
+    """One unbroken run per tile; a start token of its own begins each picture (Ovis2)."""
+    positions = grid_positions(within_run(view.visual) % view.tile, view.tile)
+    markers = view.config.visual_indicator_token_ids
+    if view.input_ids is None or not markers:
+        return run_index(view.visual), positions
+    # A prompt cut off before its first start token still begins with a picture.
+    started = (view.input_ids.to(view.visual.device) == markers[0]).long().cumsum(1) - 1
+    return started.clamp(min=0), positions
 
-    `image` [B, L] long says which image of its sample a token belongs to.
+
+def joined_tiles(view: View) -> tuple[Tensor, Tensor]:
+    """One unbroken run per tile, with one and the same token between the tiles of a picture (Cohere2 Vision)."""
+    positions = grid_positions(within_run(view.visual) % view.tile, view.tile)
+    return joined_runs(view.visual, view.before()), positions
+
+
+def joined_rows(view: View) -> tuple[Tensor, Tensor]:
+    """One unbroken run per row, with one and the same token between the rows of a picture (Mistral3)."""
+    image = joined_runs(view.visual, view.before())
+    place = torch.stack([run_index(view.visual), within_run(view.visual)], -1)
+    return image, scaled_positions(place, image, view.visual)
+
+
+def started_rows(view: View) -> tuple[Tensor, Tensor]:
+    """Views of rows as in `joined_rows`; a whole view, with a start token of its own, begins each picture (Molmo2).
+
+    Without token ids each view counts as a picture. Frames have other start tokens: a video counts as one picture.
     """
-    groups = image.masked_fill(~visual, 0)
-    groups = groups + torch.arange(len(groups), device=groups.device)[:, None] * (groups.max() + 1)
-    flat, index = coordinates[visual].float(), groups[visual][:, None].expand(-1, 2)
-    size = int(index.max()) + 1 if len(index) else 0
-    empty = flat.new_zeros(size, 2)
-    low = empty.scatter_reduce(0, index, flat, "amin", include_self=False)
-    high = empty.scatter_reduce(0, index, flat, "amax", include_self=False)
-    low, high = low.gather(0, index), high.gather(0, index)
-    positions = coordinates.new_zeros(coordinates.shape, dtype=torch.float32)
-    positions[visual] = (flat - low + 0.5) / (high - low + 1)
-    return positions
+    image, positions = joined_rows(view)
+    if view.input_ids is None:
+        return image, positions
+    start = view.config.low_res_image_start_token_id
+    return ((view.input_ids.to(view.visual.device) == start).long().cumsum(1) - 1).clamp(min=0), positions
 
 
-def changes(values: Tensor, visual: Tensor) -> Tensor:
-    """[B, L] long: a running count, per row, of visual tokens whose `values` [B, L] differ from the token before.
-
-    Each unbroken run of visual tokens starts a new count too, so equal counts mean "same run, same value".
-    """
-    before = torch.nn.functional.pad(values, (1, -1))
-    starts = visual & (~torch.nn.functional.pad(visual, (1, -1)) | (values != before))
-    return starts.long().cumsum(1) - 1
-
-
-def alternating(anchored: Tensor, value: Tensor, flips: Tensor) -> Tensor:
-    """[N] bool: a state that is set to `value` where `anchored`, and else flipped or kept as `flips` says.
-
-    All [N] bool, in order; the first entry must be anchored. A scan without a loop: between two anchors only the
-    number of flips counts.
-    """
-    order = torch.arange(len(anchored), device=anchored.device)
-    anchor = torch.where(anchored, order, 0).cummax(0).values
-    turns = (flips & ~anchored).long().cumsum(0)
-    return value[anchor] ^ ((turns - turns[anchor]) % 2 == 1)
+def newline_rows(view: View) -> tuple[Tensor, Tensor]:
+    """A base picture, then a grid whose rows end with a learned newline embedding (LLaVA-NeXT, LLaVA-OneVision)."""
+    newline: Tensor = view.base.image_newline  # type: ignore[assignment]
+    ends = (view.embeds == newline.to(view.embeds)).all(-1) & view.visual
+    return newline_coordinates(view.visual, ends, view.tile)
 
 
 def joined_runs(visual: Tensor, before: Tensor) -> Tensor:
@@ -168,3 +167,15 @@ def newline_coordinates(visual: Tensor, newline: Tensor, base: int) -> tuple[Ten
     inside = ((within < base) & visual)[..., None]
     gridded = ((within >= base) & (rows > 0) & visual)[..., None]
     return image.masked_fill(~visual, 0), torch.where(inside, square, torch.where(gridded, centre, middle))
+
+
+def alternating(anchored: Tensor, value: Tensor, flips: Tensor) -> Tensor:
+    """[N] bool: a state that is set to `value` where `anchored`, and else flipped or kept as `flips` says.
+
+    All [N] bool, in order; the first entry must be anchored. A scan without a loop: between two anchors only the
+    number of flips counts.
+    """
+    order = torch.arange(len(anchored), device=anchored.device)
+    anchor = torch.where(anchored, order, 0).cummax(0).values
+    turns = (flips & ~anchored).long().cumsum(0)
+    return value[anchor] ^ ((turns - turns[anchor]) % 2 == 1)
