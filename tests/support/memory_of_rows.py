@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIDE, SHARD = 96, 10_000
+SIDE, SHARD = 96, 2_000
+GROUP = 100  # rows that Parquet reads at once, as files with pictures on the Hub have them
 
 
 def make(folder, count, seed=0):
@@ -39,7 +40,9 @@ def make(folder, count, seed=0):
             Image.fromarray(pixels).resize((SIDE, SIDE)).save(file, "png")
             picture = {"bytes": file.getvalue(), "path": None}
             rows.append({"image": picture, "prompt": f"what is in picture {number}", "answer": f"thing {number}"})
-        Dataset.from_list(rows, features=features).to_parquet(str(folder / f"train-{start:09}.parquet"))
+        Dataset.from_list(rows, features=features).to_parquet(
+            str(folder / f"train-{start:09}.parquet"), batch_size=GROUP
+        )
 
 
 def anonymous():
