@@ -1,13 +1,16 @@
 """Situations that differ a little from those of other tests, each beside the masked reference."""
 
 import copy
+import inspect
 import pickle
 import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from reference import assert_close, held_positions, reference_generate, reference_logits
 from tiny import IMAGE, IMAGE_ID, build, make_inputs, select_by_content
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlavaForConditionalGeneration
 from versions import CACHE
 
@@ -214,6 +217,60 @@ class TestCopies:
         logits, held = told(model, inputs)
         expected = reference_logits(remove_grip(model), inputs, held)
         torch.testing.assert_close(logits[held], expected[held], atol=close, rtol=0.05)
+
+
+class TestWrappers:
+    """Around the model in training; the answer must not choose."""
+
+    def trained(self, wrap, positional):
+        model, inputs = build("llava"), make_inputs("llava", [[3, IMAGE, 4, 5], [2, IMAGE, 9, 1]])
+        apply_grip(model, num_tokens=3, selector=self.by_words)
+        model(**{name: value[:, :-2] if value.ndim == 2 else value for name, value in inputs.items()})
+        alone = [one.tolist() for one in model.grip.last.kept]
+        labels = inputs["input_ids"].clone()
+        labels[:, :-2] = -100
+        call = {**inputs, "labels": labels}
+        names = list(inspect.signature(model.forward).parameters)
+        args = [call.get(name) for name in names[: names.index("labels") + 1]]
+        wrapped = wrap(model.train())
+        loss = wrapped(*args).loss if positional else wrapped(**call).loss
+        loss.backward()
+        assert [one.tolist() for one in model.grip.last.kept] == alone
+        held = held_positions(inputs, model.grip.last.kept)
+        with torch.no_grad():
+            logits = reference_logits(remove_grip(model.eval()), inputs, held)
+        expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        torch.testing.assert_close(loss.detach(), expected, atol=1e-4, rtol=1e-4)
+
+    @staticmethod
+    def by_words(batch):
+        words = (batch.text * batch.text_mask[..., None]).sum((1, 2))
+        return torch.cos(torch.arange(batch.mask.shape[1]) * 1.7 + words[:, None])
+
+    @pytest.mark.parametrize("positional", [False, True])
+    def test_data_parallel(self, positional, tmp_path):
+        dist.init_process_group("gloo", f"file://{tmp_path}/meet", world_size=1, rank=0)
+        try:
+            self.trained(lambda model: DistributedDataParallel(model, find_unused_parameters=True), positional)
+        finally:
+            dist.destroy_process_group()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("positional", [False, True])
+    def test_compiled(self, positional):
+        torch._dynamo.reset()
+        self.trained(lambda model: torch.compile(model, backend="eager"), positional)
+
+    def test_a_module_of_ones_own(self):
+        class Own(torch.nn.Module):
+            def __init__(self, model):
+                super().__init__()
+                self.inner = model
+
+            def forward(self, *args, **kwargs):
+                return self.inner(*args, **kwargs)
+
+        self.trained(Own, True)
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
