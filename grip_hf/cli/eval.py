@@ -38,6 +38,7 @@ def evaluate(
     attn_implementation: options.Attention = None,
     on_bad_row: options.OnBadRow = "stop",
     streaming: options.Streaming = False,
+    pictures: options.Pictures = None,
     force: options.Force = False,
     pocket_model: options.PocketModel = None,
     log_samples: Annotated[
@@ -77,7 +78,7 @@ def evaluate(
             say(f"left out, since they cannot work with this model: {', '.join(left_out)}")
         found = run(
             loaded, processor, rows, chosen, asked, batch_size,
-            processes=processes, metric=metric, max_new_tokens=max_new_tokens,
+            processes=processes, metric=metric, max_new_tokens=max_new_tokens, share=pictures,
         )  # fmt: skip
         if processes.num_processes > 1:
             processes.destroy_process_group()

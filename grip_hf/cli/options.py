@@ -48,6 +48,13 @@ Streaming = Annotated[
     bool,
     typer.Option("--streaming", help="Read rows as they come, as many as are asked for, and not the whole dataset."),
 ]
+Pictures = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for encoded pictures, which processes and later runs share. Without it, several processes of a "
+        "training share one for as long as it takes."
+    ),
+]
 OnBadRow = Annotated[str, typer.Option(help="What a row that cannot be read does: stop, or skip.")]
 Budgets = Annotated[str, typer.Option(help="Keep ratios or numbers of visual tokens, separated by commas.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions at once.")]

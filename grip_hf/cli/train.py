@@ -50,13 +50,7 @@ def train(
     examples: Annotated[int, typer.Option(min=1, help="Questions to train on (of a dataset: at most).")] = 30_000,
     on_bad_row: options.OnBadRow = "stop",
     streaming: options.Streaming = False,
-    pictures: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for encoded pictures, which processes and later runs share. Without it, several processes "
-            "share one for as long as the run takes."
-        ),
-    ] = None,
+    pictures: options.Pictures = None,
     seed: options.Seed = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
     keep_ratio: Annotated[float, typer.Option(help="Budget that the scorer is saved with.")] = 0.25,
