@@ -256,6 +256,7 @@ def apply_grip(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    force: bool = False,
     **overrides: Any,
 ) -> M:
     """Prune the visual tokens of `model` in place: from now on, each call keeps as many as its budget allows.
@@ -284,6 +285,7 @@ def apply_grip(
         token: Access token for the Hub; None takes the stored one.
         cache_dir: Another cache for downloads than the usual one.
         local_files_only: Take what is in the cache; do not ask the Hub.
+        force: Take a scorer that was trained for another model of the same kind and width, with a warning.
         **overrides: Settings of `GripConfig` to change, such as `keep_ratio=0.25`.
 
     Returns:
@@ -301,7 +303,7 @@ def apply_grip(
     adapter = part_of(model)
     if isinstance(tower_selector, str):
         overrides["tower_selector"] = tower_selector
-    asked = resolve(parts, config, scorer, selector, overrides, hub, adapter)
+    asked = resolve(parts, config, scorer, selector, overrides, hub, adapter, force)
     settings = asked.config
     if settings.position_ids == "compact" and parts.family.mrope:
         raise UnsupportedModelError(

@@ -90,7 +90,8 @@ def running() -> CallContext | None:
 
 def interrupted() -> bool:
     """Whether a call that is not `generate` is open: the one that runs, or one that never ended."""
-    return bool(_thread.contexts) and type(_thread.contexts[-1]) is CallContext
+    # Not `bool` of the list, which torch 2.11 cannot compile.
+    return len(_thread.contexts) > 0 and type(_thread.contexts[-1]) is CallContext
 
 
 def push(context: CallContext) -> None:

@@ -85,9 +85,8 @@ class Boundary:
             selector_hooks: Handles of the selector's own, which publish taps.
         """
         owner, base, language_model = self.parts.owner, self.parts.base, self.parts.language_model
-        before_owner, after_owner, before_base, after_base = (
-            BoundaryHook(self, name) for name in ("before_owner", "after_owner", "before_base", "after_base")
-        )
+        before_owner, before_base = (BeforeHook(self, name) for name in ("before_owner", "before_base"))
+        after_owner, after_base = (AfterHook(self, name) for name in ("after_owner", "after_base"))
         self._removable, self.tapped = list(selector_hooks), bool(selector_hooks)
         if owner is not base:
             self._removable += [
@@ -222,13 +221,26 @@ class BoundaryHook(Hook):
     def __init__(self, boundary: Boundary, name: str) -> None:
         self.boundary, self.name = boundary, name
 
-    def __call__(self, *args: Any) -> Any:
-        """Run it."""
-        return getattr(self.boundary, self.name)(*args)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundaryHook:
         whole = id(self.boundary.parts.owner) in memo
-        return BoundaryHook(copy.deepcopy(self.boundary, memo) if whole else self.boundary, self.name)
+        return type(self)(copy.deepcopy(self.boundary, memo) if whole else self.boundary, self.name)
+
+
+# Two classes, since torch compiles the hooks of a model by themselves, once for each number of arguments.
+class BeforeHook(BoundaryHook):
+    """One that runs before a module."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run it."""
+        return getattr(self.boundary, self.name)(module, args, kwargs)
+
+
+class AfterHook(BoundaryHook):
+    """One that runs after a module."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Run it."""
+        return getattr(self.boundary, self.name)(module, args, kwargs, output)
 
 
 class LanguageModelHook(Hook):
@@ -355,4 +367,4 @@ def _refuse_export() -> None:
 def patch_of(module: nn.Module) -> Boundary | None:
     """The patch whose hooks a module carries, if any."""
     hooks = module._forward_pre_hooks.values()
-    return next((hook.boundary for hook in hooks if isinstance(hook, BoundaryHook)), None)
+    return next((hook.boundary for hook in hooks if isinstance(hook, BeforeHook)), None)

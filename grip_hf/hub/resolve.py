@@ -50,6 +50,7 @@ def resolve(
     overrides: dict[str, Any],
     hub: dict[str, Any],
     adapter: AdapterPart | None = None,
+    force: bool = False,
 ) -> Resolved:
     """The settings and the scorer that the arguments of `apply_grip` ask for.
 
@@ -58,9 +59,10 @@ def resolve(
         config: A `GripConfig`, or None; also what `old_spelling` takes.
         scorer: A scorer, its folder or Hub id, or None.
         selector: The selector's name, a callable, or None.
-        overrides: Settings that override those found; `force=True` takes a scorer of another model, with a warning.
+        overrides: Settings that override those found.
         hub: Where on the Hub to look: `revision`, `token`, ... (see `fetch`).
         adapter: What the active adapter was trained with, if anything; it comes before the base model's checkpoint.
+        force: Take a scorer of another model, with a warning.
 
     Raises:
         ConfigError: A setting is not allowed, or two that exclude each other are given.
@@ -69,7 +71,6 @@ def resolve(
     """
     overrides = dict(overrides)
     config = overrides.pop(OLD_NAME, config)
-    force = bool(overrides.pop("force", False))
     config, scorer = old_spelling(config, scorer)
     if isinstance(selector, str):
         overrides["selector"] = selector
