@@ -43,6 +43,7 @@ def run_bench(
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
     tower: TowerChoice | None = None,
+    cpu_time: bool = False,
 ) -> dict[str, Any]:
     """Measure selectors at several budgets.
 
@@ -61,6 +62,7 @@ def run_bench(
         seed: Seed of weights and inputs.
         progress: Called with what is being done.
         tower: At which shares of the vision tower's rows each selector is measured too.
+        cpu_time: Whether the CPU time of this process counts, on a machine that others use too; not on a GPU.
 
     Returns:
         `setting` (what was run and where), `unpruned` and one entry of `rows` per selector and budget, all plain data.
@@ -83,8 +85,10 @@ def run_bench(
         progress(f"building {model}")
         model = shaped(model, batch, device, precision, attention, seed)
     built, place = model.model, model.inputs["input_ids"].device
+    if cpu_time and place.type != "cpu":
+        raise ConfigError(f"cpu_time=True counts nothing of what runs on {place.type!r}; leave it out")
     counts = list(dict.fromkeys(kept_of(model.tokens, budget) for budget in wanted))
-    bench = Bench(built, model.inputs, selectors, decode_tokens, seed, tower)
+    bench = Bench(built, model.inputs, selectors, decode_tokens, seed, tower, cpu_time)
     pruned = [
         Variant(name, count, share)
         for count in counts
@@ -115,6 +119,7 @@ def run_bench(
         "dtype": str(built.dtype).removeprefix("torch."),
         "attention": attention_kernel(find_parts(built).language_model.config),
         "threads": torch.get_num_threads(),
+        "clock": "cpu" if cpu_time else "wall",
         "rounds": rounds,
         "decode_tokens": decode_tokens,
         "seed": seed,

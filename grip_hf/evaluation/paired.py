@@ -71,6 +71,7 @@ class Bench:
         decode_tokens: Steps to time after the first token.
         seed: Seed of the scorer's random weights.
         tower: What chooses rows of the vision tower; None takes none.
+        cpu_time: Whether CPU time counts instead of the clock's.
     """
 
     def __init__(
@@ -81,11 +82,12 @@ class Bench:
         decode_tokens: int,
         seed: int = 0,
         tower: TowerChoice | None = None,
+        cpu_time: bool = False,
     ) -> None:
         self.tower = None if tower is None else tower.settings(model, seed)
         self.model, self.inputs, self.decode_tokens = model, inputs, decode_tokens
         self.cache_name = cache_name(find_parts(model).language_model)
-        self.watch = Stopwatch(model.device)
+        self.watch = Stopwatch(model.device, cpu_time)
         self.selectors = {name.partition("=")[0]: self._selector(name, seed) for name in selectors}
         self.kept: dict[int, dict[str, Any]] = {}
 
