@@ -29,6 +29,7 @@ from .hub.resolve import describe_base, resolve
 from .quality.again import KEPT, LookAgain
 from .quality.identity import identity
 from .quality.promise import COMMAND, Calibration, Promise, check_made_for, find
+from .tower.part import TowerPart
 
 if TYPE_CHECKING:
     from .scorer.model import GripScorer
@@ -65,13 +66,16 @@ class GripHandle:
         self.calibration = calibration
         self._parts = parts
         compact, promised = config.position_ids == "compact", calibration is not None
-        usual = Budget(config.keep_ratio, config.num_tokens, quality=config.quality)
+        usual = Budget(
+            config.keep_ratio, config.num_tokens, tower_keep_ratio=config.tower_keep_ratio, quality=config.quality
+        )
         self._boundary = Boundary(
             parts, selector, config.scope == "image", compact, usual, key=self, encodes_once=promised
         )
         self._savers = (SaveWithGrip(self), AdapterFiles(self))
         self._looks = (LookAgain(self),) if promised and hasattr(type(parts.owner), "generate") else ()
         self.adapters: dict[str, AdapterPart] = {}
+        self.tower = TowerPart(self._boundary, config)
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
@@ -104,6 +108,7 @@ class GripHandle:
         self,
         keep_ratio: float | Sequence[float] | None = None,
         num_tokens: int | Sequence[int] | None = None,
+        tower_keep_ratio: float | str | None = None,
         quality: float | None = None,
         rule: str | None = None,
     ) -> AbstractContextManager[None]:
@@ -115,15 +120,20 @@ class GripHandle:
         Args:
             keep_ratio: share of the visual tokens to keep, in (0, 1], or one per sample.
             num_tokens: number of visual tokens to keep, >= 1, or one per sample.
-            quality: in their place, for `generate`: the share of answers that are to be as with all visual tokens.
+            tower_keep_ratio: share of the vision tower's rows that stay, in (0, 1], or "auto"; None as it was. More
+                stay where the other budget needs more. Given alone, the other budget is as it was.
+            quality: in place of the first two, for `generate`: the share of answers that are to be as with all visual
+                tokens.
             rule: with a quality, what an answer is judged by; see `promise`.
 
         Raises:
-            ConfigError: Not exactly one budget is given, or it is not allowed, or not promised.
+            ConfigError: Not exactly one of the first two and `quality` is given and not the third alone, or it is not
+                allowed, or not promised.
+            UnsupportedModelError: No rows can be dropped in this vision tower.
         """
-        asked = Budget.checked(keep_ratio, num_tokens, quality, rule)
+        asked = self.tower.budget(keep_ratio, num_tokens, tower_keep_ratio, quality, rule)
         if asked.quality is not None:
-            self.promise(asked.quality, rule)
+            self.promise(asked.quality, asked.rule)
         return override(self, asked)
 
     def prompt(self, prompt: Tensor | Sequence[int]) -> AbstractContextManager[None]:
@@ -213,6 +223,7 @@ class GripHandle:
             if scorer.config.base_model is None:
                 scorer.config.base_model = describe_base(self.owner)
             scorer.save_pretrained(folder)
+        self.tower.save(folder)
         self.config.to_json(os.path.join(folder, CONFIG_FILE))
         if self.calibration is not None:
             self.calibration.save(folder)
@@ -221,7 +232,8 @@ class GripHandle:
     @property
     def can_be_saved(self) -> bool:
         """Whether the settings tell who chooses."""
-        return self.config.selector is not None and getattr(self.selector, "name", None) == self.config.selector
+        named = self.config.selector is not None and getattr(self.selector, "name", None) == self.config.selector
+        return named and self.tower.selector is None
 
     def remove(self) -> None:
         """Remove the patch; the model is exactly as before. Doing so twice is harmless."""
@@ -238,11 +250,13 @@ def apply_grip(
     *,
     scorer: GripScorer | str | os.PathLike[str] | None = None,
     selector: Score | str | None = None,
+    tower_selector: Score | str | None = None,
     calibration: Calibration | str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    force: bool = False,
     **overrides: Any,
 ) -> M:
     """Prune the visual tokens of `model` in place: from now on, each call keeps as many as its budget allows.
@@ -263,12 +277,15 @@ def apply_grip(
             folder or its Hub id in this place is deprecated.
         scorer: A `GripScorer`, or the folder or Hub id of what `model.grip.save_pretrained` wrote.
         selector: A selector's name, or any callable from `VisualBatch` to scores [G, N]. Overrides the config's.
+        tower_selector: The same for the rows of the vision tower, where `tower_keep_ratio` drops some (see
+            `grip_hf.tower.selectors`).
         calibration: What is promised of the answers, or the folder of its `quality.json`; None takes the one beside
             the scorer, if there is one. It is needed for `quality=...`.
         revision: Branch, tag or commit of the Hub repository to read.
         token: Access token for the Hub; None takes the stored one.
         cache_dir: Another cache for downloads than the usual one.
         local_files_only: Take what is in the cache; do not ask the Hub.
+        force: Take a scorer that was trained for another model of the same kind and width, with a warning.
         **overrides: Settings of `GripConfig` to change, such as `keep_ratio=0.25`.
 
     Returns:
@@ -284,7 +301,9 @@ def apply_grip(
     parts = _whole(find_parts(model))
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     adapter = part_of(model)
-    asked = resolve(parts, config, scorer, selector, overrides, hub, adapter)
+    if isinstance(tower_selector, str):
+        overrides["tower_selector"] = tower_selector
+    asked = resolve(parts, config, scorer, selector, overrides, hub, adapter, force)
     settings = asked.config
     if settings.position_ids == "compact" and parts.family.mrope:
         raise UnsupportedModelError(
@@ -308,7 +327,8 @@ def apply_grip(
         from .doctor.guard import vouch  # imported late: only then are tiny models needed
 
         vouch(parts.owner.config, prune)
-    handle = _attach(parts, settings, chosen, asked.scorer, asked.note, promised)
+    rows = (tower_selector if callable(tower_selector) else None, asked.tower_scorer)
+    handle = _attach(parts, settings, chosen, asked.scorer, asked.note, rows, promised)
     if adapter is not None:
         warn_if_it_differs(adapter, handle)
     return model
@@ -325,15 +345,19 @@ def _attach(
     selector: Score,
     scorer: nn.Module | None,
     note: str = "",
+    rows: tuple[Score | None, nn.Module | None] = (None, None),
     calibration: Calibration | None = None,
 ) -> GripHandle:
-    """Put the patch on the model, in the place of an earlier one."""
+    """Put the patch on the model, in the place of an earlier one; `rows` says what chooses those of the tower."""
     handle = GripHandle(parts, config, selector, scorer, calibration)
+    handle.tower.selector, handle.tower.scorer = rows
+    drops = handle.tower.make()
     handle.adapters.update(getattr(vars(parts.owner).get("grip"), "adapters", {}))
     hooks = list(_prepare(selector, parts))
     # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.
     remove_grip(parts.owner)
     handle._boundary.attach(hooks)
+    handle.tower.attach(drops)
     for method in (*handle._savers, *handle._looks):
         method.attach()
     if note:

@@ -46,10 +46,10 @@ def answer(
     features: Annotated[bool, typer.Option("--features", help="Keep what else may tell doubt (see `head`).")] = False,
 ) -> None:
     """Ask the pocket model about fresh scenes at every budget."""
-    from ..pocket.examples import OnePerScene, load_pocket
+    from ..pocket.examples import OnePerScene, load_pocket_model
 
     check_writable(output)
-    model, processor = load_pocket()
+    model, processor = load_pocket_model()
     rows = OnePerScene(examples, seed, styles=tuple(styles.split(",")))
     ratios = [float(one) for one in budgets.split(",")]
     observe(model, processor, rows, Chooser(), ratios, batch_size, max_new_tokens, features=features).save(output)

@@ -44,6 +44,17 @@ PocketModel = Annotated[Path | None, typer.Option(help="Folder of another pocket
 Model = Annotated[str | None, typer.Option(help="Or: id or folder of a model.")]
 Dataset = Annotated[str | None, typer.Option(help="With --model: id, folder or file of a dataset.")]
 Split = Annotated[str | None, typer.Option(help="Split of the dataset; without it, the one that fits best.")]
+Streaming = Annotated[
+    bool,
+    typer.Option("--streaming", help="Read rows as they come, as many as are asked for, and not the whole dataset."),
+]
+Pictures = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for encoded pictures, which processes and later runs share. Without it, several processes of a "
+        "training share one for as long as it takes."
+    ),
+]
 OnBadRow = Annotated[str, typer.Option(help="What a row that cannot be read does: stop, or skip.")]
 Budgets = Annotated[str, typer.Option(help="Keep ratios or numbers of visual tokens, separated by commas.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions at once.")]
@@ -53,6 +64,17 @@ Dtype = Annotated[str, typer.Option(help="Dtype of the model; auto is that of it
 Quantize = Annotated[str | None, typer.Option(help="Load the model in 4bit or 8bit.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Device map of the model, for one that needs several devices.")]
 Attention = Annotated[str | None, typer.Option("--attn-implementation", help="Attention of the model.")]
+TowerRatio = Annotated[
+    str | None,
+    typer.Option(help="Shares of the vision tower's rows, separated by commas, or auto: each selector also so."),
+]
+TowerSelector = Annotated[
+    str | None,
+    typer.Option(help="What chooses these: a tower selector, or a tower scorer's folder; else the model's own."),
+]
+TowerDepth = Annotated[
+    float | None, typer.Option(help="After how many layers of the tower, or which share of them; else a third.")
+]
 Metric = Annotated[str, typer.Option(help="When an answer is right: exact, normalized, contains, vqa or anls.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest text to write, for a metric other than exact.")]
 Force = Annotated[bool, typer.Option("--force", help="Take a scorer that was trained for another model.")]

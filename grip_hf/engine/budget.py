@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from ..config import check_keep_ratio, check_num_tokens, check_one_budget, check_quality
 from ..errors import ConfigError
@@ -21,6 +18,7 @@ class Budget:
         keep_ratio: a ratio in (0, 1], or a tuple with one per sample.
         num_tokens: a count >= 1, or a tuple with one per sample.
         everything: True keeps all tokens, whatever the others say.
+        tower_keep_ratio: share of the vision tower's rows that stay (see `tower.rows`); None for all.
         quality: in their place, the share of answers that are to be as with all tokens: `generate` turns it into
             budgets (see `grip_hf.quality`).
         rule: for a quality, what an answer is judged by, or None.
@@ -29,6 +27,7 @@ class Budget:
     keep_ratio: float | tuple[float, ...] | None = None
     num_tokens: int | tuple[int, ...] | None = None
     everything: bool = False
+    tower_keep_ratio: float | str | None = None
     quality: float | None = None
     rule: str | None = None
 
@@ -45,37 +44,6 @@ class Budget:
         if keep_ratio is not None:
             return cls(keep_ratio=_each(keep_ratio, check_keep_ratio, "keep_ratio"))
         return cls(num_tokens=_each(num_tokens, check_num_tokens, "num_tokens"))
-
-    def counts(self, totals: Tensor, rows: Tensor, batch: int, repeated: Callable[[int], bool]) -> Tensor:
-        """[G] long: tokens to keep per group, each as `config.count_kept` counts them.
-
-        Args:
-            totals: [G] long, visual tokens of each group, at least 1.
-            rows: [G] long, the row of each group in the batch.
-            batch: Number of rows.
-            repeated: Whether each sample of the batch stands so many times in a row, as `generate` repeats them for
-                beams; these keep the per-sample budgets of the original samples.
-
-        Raises:
-            ConfigError: Budgets per sample are not as many as the samples.
-        """
-        if self.everything:
-            return totals
-        if self.num_tokens is not None:
-            numbers = torch.tensor(self._per_row(self.num_tokens, "num_tokens", batch, repeated))
-            return numbers.to(rows.device)[rows].minimum(totals)
-        # On the CPU, in double precision, which some devices lack.
-        ratios = torch.tensor(self._per_row(self.keep_ratio, "keep_ratio", batch, repeated), dtype=torch.float64)
-        counts = (ratios[rows.cpu()] * totals.cpu() + 0.5).floor().long().clamp(min=1)
-        return counts.to(totals.device).minimum(totals)
-
-    def _per_row(self, value: Any, name: str, batch: int, repeated: Callable[[int], bool]) -> list[Any]:
-        if not isinstance(value, tuple):
-            return [value] * batch
-        repeats = batch // len(value)
-        if batch % len(value) or (repeats > 1 and not repeated(repeats)):
-            raise ConfigError(f"{name} has {len(value)} values for a batch of {batch} samples; give one per sample")
-        return [one for one in value for _ in range(repeats)]
 
     @property
     def most(self) -> int | None:

@@ -90,7 +90,8 @@ def running() -> CallContext | None:
 
 def interrupted() -> bool:
     """Whether a call that is not `generate` is open: the one that runs, or one that never ended."""
-    return bool(_thread.contexts) and type(_thread.contexts[-1]) is CallContext
+    # Not `bool` of the list, which torch 2.11 cannot compile.
+    return len(_thread.contexts) > 0 and type(_thread.contexts[-1]) is CallContext
 
 
 def push(context: CallContext) -> None:
@@ -117,9 +118,11 @@ class Generation(CallContext):
 
     Attributes:
         prompt_ids: [B, P] long, what it was given.
+        prompt_mask: [B, P], 0 at padding, likewise.
     """
 
     prompt_ids: Tensor | None = None
+    prompt_mask: Tensor | None = None
 
 
 def forget_all() -> None:
@@ -128,10 +131,10 @@ def forget_all() -> None:
 
 
 @contextlib.contextmanager
-def generation(boundary: Boundary, prompt_ids: Tensor | None) -> Iterator[None]:
+def generation(boundary: Boundary, prompt_ids: Tensor | None, prompt_mask: Tensor | None = None) -> Iterator[None]:
     """Within the block, calls of a model belong to one `generate` with this prompt."""
     before = list(_thread.contexts)
-    _thread.contexts.append(Generation(boundary, prompt_ids=prompt_ids))
+    _thread.contexts.append(Generation(boundary, prompt_ids=prompt_ids, prompt_mask=prompt_mask))
     try:
         yield
     finally:

@@ -21,10 +21,10 @@ from ..errors import GripError
 from ..families.table import Parts
 from . import routing, upstream
 from .arguments import check, prune_arguments
+from .budget import Budget
 from .cache import find, given_back, logical_of, physical, returned, set_states, state_of, states_of
 from .choice import Score, choose, last_call, make_step
 from .context import (
-    Budget,
     CallContext,
     Hook,
     budget_of,
@@ -56,6 +56,7 @@ class Boundary:
         key: whose budgets and prompts count.
         leader: the patch whose count too, if another one is followed.
         tapped: True if the selector taps the vision tower.
+        tower: the part of the patch that drops rows within the vision tower, if any.
         encodes_once: True if pictures may be encoded once for several calls of `generate`.
     """
 
@@ -67,6 +68,7 @@ class Boundary:
     key: object
     leader: Boundary | None = None
     tapped: bool = False
+    tower: Any = None
     encodes_once: bool = False
 
     def __post_init__(self) -> None:
@@ -83,9 +85,8 @@ class Boundary:
             selector_hooks: Handles of the selector's own, which publish taps.
         """
         owner, base, language_model = self.parts.owner, self.parts.base, self.parts.language_model
-        before_owner, after_owner, before_base, after_base = (
-            BoundaryHook(self, name) for name in ("before_owner", "after_owner", "before_base", "after_base")
-        )
+        before_owner, before_base = (BeforeHook(self, name) for name in ("before_owner", "before_base"))
+        after_owner, after_base = (AfterHook(self, name) for name in ("after_owner", "after_base"))
         self._removable, self.tapped = list(selector_hooks), bool(selector_hooks)
         if owner is not base:
             self._removable += [
@@ -102,10 +103,26 @@ class Boundary:
             self._removable += hook_layers(language_model, self.selector)  # type: ignore[arg-type]
         methods: list[Any] = [Generate(owner, self)] if hasattr(type(owner), "generate") else []
         if selector_hooks or self.encodes_once:
-            methods += [Encode(base, name) for name in upstream.ENCODERS if hasattr(type(base), name)]
+            methods += self._encoders()
         for method in methods:
             method.attach()
         self._removable += methods
+
+    def attach_tower(self, hooks: list[Any], methods: list[Any]) -> None:
+        """Add hooks within the vision tower.
+
+        Args:
+            hooks: Their handles.
+            methods: What stands in for methods of the base model.
+        """
+        methods = [*self._encoders(), *methods]
+        for method in methods:
+            method.attach()
+        self._removable += [*hooks, *methods]
+
+    def _encoders(self) -> list[Any]:
+        base = self.parts.base
+        return [Encode(base, name) for name in upstream.ENCODERS if hasattr(type(base), name)]
 
     def remove(self) -> None:
         """Remove the hooks, those too that copies of modules carried to other places of the model."""
@@ -204,13 +221,26 @@ class BoundaryHook(Hook):
     def __init__(self, boundary: Boundary, name: str) -> None:
         self.boundary, self.name = boundary, name
 
-    def __call__(self, *args: Any) -> Any:
-        """Run it."""
-        return getattr(self.boundary, self.name)(*args)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundaryHook:
         whole = id(self.boundary.parts.owner) in memo
-        return BoundaryHook(copy.deepcopy(self.boundary, memo) if whole else self.boundary, self.name)
+        return type(self)(copy.deepcopy(self.boundary, memo) if whole else self.boundary, self.name)
+
+
+# Two classes, since torch compiles the hooks of a model by themselves, once for each number of arguments.
+class BeforeHook(BoundaryHook):
+    """One that runs before a module."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run it."""
+        return getattr(self.boundary, self.name)(module, args, kwargs)
+
+
+class AfterHook(BoundaryHook):
+    """One that runs after a module."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Run it."""
+        return getattr(self.boundary, self.name)(module, args, kwargs, output)
 
 
 class LanguageModelHook(Hook):
@@ -337,4 +367,4 @@ def _refuse_export() -> None:
 def patch_of(module: nn.Module) -> Boundary | None:
     """The patch whose hooks a module carries, if any."""
     hooks = module._forward_pre_hooks.values()
-    return next((hook.boundary for hook in hooks if isinstance(hook, BoundaryHook)), None)
+    return next((hook.boundary for hook in hooks if isinstance(hook, BeforeHook)), None)

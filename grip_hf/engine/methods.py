@@ -67,7 +67,7 @@ class Generate(InstanceMethod):
         given = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
         ids = given.get("input_ids")
         ids = given.get("inputs") if ids is None else ids
-        with generation(self.boundary, ids):
+        with generation(self.boundary, ids, given.get("attention_mask")):
             return self.own(*args, **kwargs)
 
 
@@ -81,7 +81,7 @@ class Encode(InstanceMethod):
             output, rows = before
             taps = Encoding({name: [(one, one)] for name, one in rows.items()})
         else:
-            with encoding() as taps:
+            with encoding(self.name) as taps:
                 output = self.own(*args, **kwargs)
             keep(self.name, output, taps.joined())
         context = running()

@@ -150,14 +150,14 @@ def refuse_mixed_rows(call: Call) -> None:
     if call.mask is None or positions is None or positions.ndim != 2 or call.cache is not None:
         return
     segments = None if upstream.uses_cache(call.arguments, call.config) else upstream.packed_segments(positions)
-    if segments is not None and not _keeps_apart(call.mask, segments, upstream.sliding_window(call.config)):
+    if segments is not None and not keeps_apart(call.mask, segments, upstream.sliding_window(call.config)):
         raise GripError(
             "cannot prune a packed batch of this model: its own attention mask does not keep the sequences of a row "
             "apart; use a padded batch"
         )
 
 
-def _keeps_apart(given: Any, segments: Tensor, reach: int | None) -> bool:
+def keeps_apart(given: Any, segments: Tensor, reach: int | None) -> bool:
     """Whether prepared masks are right for packed rows, of which `segments` [B, L] has the number of each token.
 
     They are not if a token sees another sequence, or if sliding layers see something else of their window than full

@@ -35,6 +35,11 @@ FEATURES, DEEPSTACK = "pooler_output", "deepstack_features"
 # Arguments with which pictures or videos come, and the methods that encode them.
 PICTURES = ("pixel_values", "image_hidden_states")
 ENCODERS = ("get_image_features", "get_video_features")
+# Of vision towers: the pictures' frames, rows and columns of patches, where they are packed and where they are padded;
+# cumulative lengths of packed sequences (the longest of them, `max_seqlen`, is a bound that may stay); attention masks
+# that have no rows to cut.
+GRID, SHAPES, LENGTHS = "grid_thw", "spatial_shapes", ("cu_seqlens",)
+OPAQUE_MASKS = ("BlockMask",)
 # What a call of the language model must be able to take; all else is passed on or refused.
 NEEDED = ("inputs_embeds", "attention_mask", "position_ids")
 # Arguments of the language model with one entry per token, [B, L, ...].
@@ -305,6 +310,19 @@ def per_token_names(arguments: Mapping[str, Any], batch: int, length: int) -> li
         or (value.ndim >= 2 and value.shape[0] in (1, batch) and value.shape[1] == length)
         or (value.ndim == 1 and value.shape[0] == length)
     ]
+
+
+def hidden_states_wanted(arguments: Mapping[str, Any], module: Any, layers: int) -> set[int] | None:
+    """The layers of a vision tower whose output a caller wants, or None for all.
+
+    Since 5.23 it may name them; the first hidden state is the input of the first layer.
+    """
+    wanted = arguments.get("output_hidden_states")
+    wanted = getattr(module.config, "output_hidden_states", False) if wanted is None else wanted
+    if isinstance(wanted, bool):
+        return None if wanted else set()
+    chosen = [wanted] if isinstance(wanted, int) else wanted
+    return {index % (layers + 1) - 1 for index in chosen}
 
 
 def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..families.table import find_parts
 from ..patch import apply_grip, remove_grip
 from .data import Example
 from .samples import Encoded, Sample, one_row, share_tokens
+from .shared import SharedPictures, fingerprint
 
 
 class FrozenVLM:
@@ -36,6 +38,7 @@ class FrozenVLM:
         max_answer_tokens: Longest answer that is made up for examples without one.
         cache_bytes: How much memory encoded pictures may take.
         tap: Called with the model: registers hooks that publish extra rows per visual token, and returns them.
+        share: A folder in which processes share encoded pictures, and in which they outlive them; None shares none.
 
     Raises:
         UnsupportedModelError: The family is unknown, or cannot take pictures that were encoded before: none can in
@@ -49,6 +52,7 @@ class FrozenVLM:
         max_answer_tokens: int = 16,
         cache_bytes: int = 1 << 30,
         tap: Callable[[Any], Iterable[Any]] | None = None,
+        share: Path | None = None,
     ) -> None:
         self.parts = find_parts(model)
         check_takes_encoded(self.parts.base)
@@ -59,12 +63,19 @@ class FrozenVLM:
         self._cache: LRUCache[str, Encoded] = LRUCache(cache_bytes, getsizeof=lambda one: one.nbytes)
         self._seen: VisualBatch | None = None
         self._keep: Sequence[Tensor] | None = None
+        self._taps: list[Any] = []
         self.attach()
         self._taps = list(tap(model)) if tap is not None else []
+        self._see_taps()
+        self._shared = None if share is None else SharedPictures(share, fingerprint(self.parts))
 
     def attach(self) -> None:
         """Put the patch on the model again, after another one stood there."""
         apply_grip(self.model, GripConfig(num_tokens=1), selector=self._select)
+        self._see_taps()
+
+    def _see_taps(self) -> None:
+        self.model.grip._boundary.tapped = bool(self._taps)
 
     def close(self) -> None:
         """Remove the patch from the model."""
@@ -119,6 +130,7 @@ class FrozenVLM:
             )
             visual = share_tokens(own := one_row(seen, row), encoded[row].features)
             size = own.text.nbytes + own.tokens.nbytes * (visual is own) + 4 * len(answer) * self.vocabulary
+            size += sum(tap.nbytes for tap in own.taps.values())
             samples.append(Sample(inputs[row], encoded[row], visual, answer, size, example))
         return samples
 
@@ -150,9 +162,13 @@ class FrozenVLM:
         known = self._cache.get(key)
         if known is not None:
             return known
-        with encoding() as taps:
-            output = encoder(**wanted, return_dict=True)  # type: ignore[operator]
-        encoded = Encoded(output.pooler_output, {**attached_taps(output), **taps.joined()})
+
+        def encode() -> Encoded:
+            with encoding() as taps:
+                output = encoder(**wanted, return_dict=True)  # type: ignore[operator]
+            return Encoded(output.pooler_output, {**attached_taps(output), **taps.joined()})
+
+        encoded = encode() if self._shared is None else self._shared.get(key, encode, self.device)
         if encoded.nbytes <= self._cache.maxsize:
             self._cache[key] = encoded
         return encoded

@@ -13,6 +13,7 @@ from torch import nn
 from ..config import GripConfig
 from ..errors import ConfigError, HubError, ScorerError
 from ..families.table import Parts
+from ..tower.part import FOLDER
 from .adapter_part import AdapterPart
 from .checkpoint import CONFIG_FILE, SUBFOLDER, attached_folder, came_from
 from .download import fetch, is_repo_id, read_settings
@@ -29,6 +30,7 @@ class Resolved:
     Attributes:
         config: The settings, with the name of the selector; None if a callable chooses.
         scorer: The learned scorer, if it chooses.
+        tower_scorer: The one that lies beside it, for the rows of the vision tower, if there is one.
         note: What was decided for the user, for the log and the handle's `repr`; "" if nothing was.
         folder: Where what chooses came from, if it came from a folder.
     """
@@ -36,6 +38,7 @@ class Resolved:
     config: GripConfig
     scorer: nn.Module | None = None
     note: str = ""
+    tower_scorer: nn.Module | None = None
     folder: str | None = None
 
 
@@ -47,6 +50,7 @@ def resolve(
     overrides: dict[str, Any],
     hub: dict[str, Any],
     adapter: AdapterPart | None = None,
+    force: bool = False,
 ) -> Resolved:
     """The settings and the scorer that the arguments of `apply_grip` ask for.
 
@@ -55,9 +59,10 @@ def resolve(
         config: A `GripConfig`, or None; also what `old_spelling` takes.
         scorer: A scorer, its folder or Hub id, or None.
         selector: The selector's name, a callable, or None.
-        overrides: Settings that override those found; `force=True` takes a scorer of another model, with a warning.
+        overrides: Settings that override those found.
         hub: Where on the Hub to look: `revision`, `token`, ... (see `fetch`).
         adapter: What the active adapter was trained with, if anything; it comes before the base model's checkpoint.
+        force: Take a scorer of another model, with a warning.
 
     Raises:
         ConfigError: A setting is not allowed, or two that exclude each other are given.
@@ -66,7 +71,6 @@ def resolve(
     """
     overrides = dict(overrides)
     config = overrides.pop(OLD_NAME, config)
-    force = bool(overrides.pop("force", False))
     config, scorer = old_spelling(config, scorer)
     if isinstance(selector, str):
         overrides["selector"] = selector
@@ -99,13 +103,23 @@ def resolve(
         )
     check_scorer(parts, scorer, force)
     folder = folder or getattr(getattr(scorer, "config", None), "_name_or_path", None) or None
-    return dataclasses.replace(_decided(config, saved, scorer, selector, overrides), folder=folder)
+    decided = _decided(config, saved, scorer, selector, overrides)
+    return dataclasses.replace(decided, tower_scorer=_tower(folder), folder=folder)
+
+
+def _tower(folder: str | None) -> nn.Module | None:
+    """The tower scorer in a scorer's folder, if there is one."""
+    if folder is None or not os.path.isdir(os.path.join(folder, FOLDER)):
+        return None
+    from ..tower.scorer import TowerScorer  # only needed here
+
+    return TowerScorer.from_folder(os.path.join(folder, FOLDER))
 
 
 def _attached(
     parts: Parts, adapter: AdapterPart | None, given: str | None, hub: dict[str, Any]
 ) -> tuple[GripConfig | None, nn.Module | None, str | None]:
-    """Settings and scorer that came with the active adapter, or with the model's checkpoint, and their folder."""
+    """Settings, scorer and folder of what came with the active adapter, or with the model's checkpoint."""
     if adapter is not None and adapter.scorer is None and given is None:
         return adapter.settings, None, None
     attached = attached_folder(parts.owner, **hub)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -42,8 +43,13 @@ class LookAgain(InstanceMethod):
             return self.own(*args, **kwargs)
         given = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
         rule = asked.rule or (FIRST if given.get("streamer") is not None else None)
+        if asked.tower_keep_ratio != self.handle.config.tower_keep_ratio:
+            raise ConfigError(
+                f"tower_keep_ratio={asked.tower_keep_ratio!r} is not what a quality was asked for with "
+                f"({self.handle.config.tower_keep_ratio!r}): say it in apply_grip, and calibrate with it"
+            )
         promise = self.handle.promise(asked.quality, rule)
-        return Ladder(self, given, promise).answer()
+        return Ladder(self, given, promise, asked).answer()
 
 
 class Ladder:
@@ -53,12 +59,14 @@ class Ladder:
         method: The method that stands in for `generate`.
         given: Its arguments, by name.
         promise: The promise.
+        asked: What was asked for.
 
     Raises:
         ConfigError: The call is another one than the promise was made for: see `check_call`.
     """
 
-    def __init__(self, method: LookAgain, given: dict[str, Any], promise: Promise) -> None:
+    def __init__(self, method: LookAgain, given: dict[str, Any], promise: Promise, asked: Budget) -> None:
+        self.asked = asked
         self.handle, self.own, self.model, self.promise = method.handle, method.own, method.module, promise
         self.given = {name: value for name, value in given.items() if value is not None}
         self.ids_name = "inputs" if "input_ids" not in self.given and "inputs" in self.given else "input_ids"
@@ -100,7 +108,7 @@ class Ladder:
         if "streamer" in arguments:
             arguments["streamer"] = Held(arguments["streamer"], doubt, first=memory is None)
         arguments = generation.with_dict(arguments)
-        with override(self.handle, budget(rung), told=False):
+        with override(self.handle, self._budget(rung), told=False):
             output = self.own(**arguments)
         last = self.handle.last
         ends, pad = generation.ends(self.model, self.given), generation.padding(self.model, self.given)
@@ -114,6 +122,10 @@ class Ladder:
         sure = [row in wanted and not one for row, one in zip(answered, unsure, strict=True)]
         return Look(answered, sure, output, own, [math.exp(log) for log in logs], last)
 
+    def _budget(self, rung: float | int) -> Budget:
+        """That of a look; as many rows of the vision tower stay as its ratio says of that budget."""
+        return dataclasses.replace(budget(rung), tower_keep_ratio=self.asked.tower_keep_ratio)
+
     def _whole(self) -> list[bool]:
         """Per row of the look that runs, whether it keeps all of its visual tokens, as the full model does."""
         last: LastCall | None = last_of(self.handle._boundary)
@@ -123,7 +135,8 @@ class Ladder:
     def _arguments(self, rows: Sequence[int], memory: Memory | None) -> tuple[dict[str, Any], list[int]]:
         """The arguments of a look, and the rows that they are of: all, where they cannot be told apart."""
         every = list(range(len(self.given[self.ids_name])))
-        if memory is None:
+        if memory is None or self.asked.tower_keep_ratio is not None:
+            # How many rows of the vision tower stay hangs on the budget of the look, so it encodes anew.
             return dict(self.given), every
         if len(rows) == len(every):
             memory.replay()

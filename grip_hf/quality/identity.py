@@ -36,7 +36,15 @@ def identity(model: Any, base: Mapping[str, Any], config: GripConfig, scorer: nn
         "scope": config.scope,
         "position_ids": config.position_ids,
         "seed": config.seed,
+        "tower": _tower(config),
     }
+
+
+def _tower(config: GripConfig) -> list[Any] | None:
+    """What rows of the vision tower stay, and who chooses them; None if all do."""
+    if config.tower_keep_ratio is None:
+        return None
+    return [config.tower_keep_ratio, config.tower_depth, config.tower_selector]
 
 
 def weights_of(model: nn.Module) -> str | None:

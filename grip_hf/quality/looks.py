@@ -121,6 +121,7 @@ def join_last(looks: Sequence[Look], prompt: int) -> LastLook:
         kept=[last.kept[place] for last, place in lasts],
         total=[last.total[place] for last, place in lasts],
         held=torch.stack([last.held[place, :prompt] for last, place in lasts]),
+        candidates=[last.candidates[place] for last, place in lasts],
         scores=torch.nn.utils.rnn.pad_sequence([s for s in scores if s is not None], True) if known else None,
         milliseconds=sum(look.last.milliseconds for look in looks),
         looks=[number + 1 for number, _ in places],
