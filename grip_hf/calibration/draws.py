@@ -21,7 +21,7 @@ import typer
 from ..evaluation.budgets import Budget, kept_of
 from ..files import check_writable, write_json
 from ..tables import Column, Table
-from .bound import rows_needed
+from .bound import binomial, rows_needed
 from .calibrate import SHARE, answered, best_fixed, same_answer
 from .features import Features
 from .ladder import Answered, Policy, certify, draw_up, outcome
@@ -149,6 +149,7 @@ COLUMNS = (
     Column("agreement, fresh", "agreement", "{:.2%}"),
     Column("lowest", "lowest", "{:.2%}"),
     Column("draws below", "below"),
+    Column("surely below", "broken"),
 )
 
 
@@ -230,6 +231,9 @@ def summary(found: Sequence[dict[str, Any]], fresh: int) -> list[dict[str, Any]]
         line["lowest"] = min(row["agreement"] for row in mine)
         below = sum(math.floor(row["agreement"] * fresh + 0.5) < quality * fresh for row in mine)
         line["below"] = f"{below} of {len(mine)}"
+        # Fresh scenes are a sample too: those draws where they alone tell, at 95 %, that the promise is broken.
+        errors = [round((1 - row["agreement"]) * fresh) for row in mine]
+        line["broken"] = sum(1 - binomial(count - 1, fresh, 1 - quality) <= 0.05 for count in errors)
         lines.append(line)
     return lines
 
