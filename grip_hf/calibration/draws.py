@@ -21,7 +21,7 @@ import typer
 from ..evaluation.budgets import Budget, kept_of
 from ..files import check_writable, write_json
 from ..tables import Column, Table
-from .bound import rows_needed
+from .bound import binomial, rows_needed
 from .calibrate import SHARE, answered, best_fixed, same_answer
 from .features import Features
 from .ladder import Answered, Policy, certify, draw_up, outcome
@@ -82,10 +82,8 @@ def table(
     for number in range(draws):
         start = number * (rows + fresh)
         order = whole[start : start + rows + fresh] if apart else rng.permutation(len(seen))[: rows + fresh]
-        found += [
-            {"draw": number, **one_draw(seen, order, rows, float(quality), confidence, rule, times)}
-            for quality in qualities.split(",")
-        ]
+        wanted = [float(quality) for quality in qualities.split(",")]
+        found += [{"draw": number, **row} for row in one_draw(seen, order, rows, wanted, confidence, rule, times)]
     how = "no scene in two draws" if apart else f"drawn anew each time from {len(seen)} scenes"
     title = f"{draws} draws of {rows} scenes to calibrate on and {fresh} fresh ones, {how}; rule: {rule}"
     told = Table(COLUMNS, summary(found, fresh), title)
@@ -108,12 +106,12 @@ def elsewhere(
     """A promise for some scenes, kept or not on scenes of another kind; and one that was tested on a few of those."""
     mine, theirs = answered_of(Observed.load(known), rule), answered_of(Observed.load(other), rule)
     rng, found = np.random.default_rng(seed), []
-    for quality in map(float, qualities.split(",")):
-        for number in range(draws):
-            order = rng.permutation(mine.losses.shape[1])
-            first, rest = np.split(order, [round(SHARE * len(order))])
-            path = draw_up(mine.rows(first))  # the order of tests may come from anywhere but the rows that test
-            few, fresh = np.split(rng.permutation(theirs.losses.shape[1]), [rows])
+    for number in range(draws):
+        order = rng.permutation(mine.losses.shape[1])
+        first, rest = np.split(order, [round(SHARE * len(order))])
+        path = draw_up(mine.rows(first))  # the order of tests may come from anywhere but the rows that test
+        few, fresh = np.split(rng.permutation(theirs.losses.shape[1]), [rows])
+        for quality in map(float, qualities.split(",")):
             row: dict[str, Any] = {"quality": quality, "draw": number}
             for name, tested in (("known", mine.rows(rest)), ("few", theirs.rows(few))):
                 enough = tested.losses.shape[1] >= rows_needed(1 - quality, confidence)
@@ -151,6 +149,7 @@ COLUMNS = (
     Column("agreement, fresh", "agreement", "{:.2%}"),
     Column("lowest", "lowest", "{:.2%}"),
     Column("draws below", "below"),
+    Column("surely below", "broken"),
 )
 
 
@@ -190,27 +189,34 @@ def times_of(result: dict[str, Any], budgets: Sequence[Budget]) -> Times:
 
 
 def one_draw(
-    seen: Observed, order: Array, rows: int, quality: float, confidence: float, rule: str, times: Times | None
-) -> dict[str, Any]:
-    """What a promise that is made on the first rows of an order is worth on the others."""
+    seen: Observed,
+    order: Array,
+    rows: int,
+    qualities: Sequence[float],
+    confidence: float,
+    rule: str,
+    times: Times | None,
+) -> list[dict[str, Any]]:
+    """What promises that are made on the first rows of an order are worth on the others."""
     known, fresh = answered_of(seen.rows(order[:rows]), rule), answered_of(seen.rows(order[rows:]), rule)
-    first = round(SHARE * rows)
-    everything = Policy((len(seen.budgets) - 1,), ())
-    tested = known.rows(np.arange(first, rows))
-    passed = certify(draw_up(known.rows(np.arange(first))), tested, 1 - quality, confidence)
-    policy = passed[0] if passed else everything
-    alike = Policy((best_fixed(known, quality, confidence),), ())
-    row: dict[str, Any] = {"quality": quality, "rungs": list(policy.rungs), "thresholds": list(policy.thresholds)}
+    first, found = round(SHARE * rows), []
+    path, tested = draw_up(known.rows(np.arange(first))), known.rows(np.arange(first, rows))
     length = float((seen.answers[-1] >= 0).sum(-1).mean())
-    for name, one in (("", policy), ("fixed_", alike)):
-        made = outcome(one, fresh)
-        row[f"{name}tokens"] = float(made.tokens.mean())
-        row[f"{name}agreement"] = float(1 - made.losses.mean())
-        row[f"{name}again"] = float((made.looks > 1).mean())
-        if times is not None:
-            reached = [float((made.looks > place).mean()) for place in range(len(one.rungs))]
-            row[f"{name}ttft"] = first_token(times, one.rungs, reached, length, rule)
-    return row
+    for quality in qualities:
+        passed = certify(path, tested, 1 - quality, confidence)
+        policy = passed[0] if passed else Policy((len(seen.budgets) - 1,), ())
+        alike = Policy((best_fixed(known, quality, confidence),), ())
+        row: dict[str, Any] = {"quality": quality, "rungs": list(policy.rungs), "thresholds": list(policy.thresholds)}
+        for name, one in (("", policy), ("fixed_", alike)):
+            made = outcome(one, fresh)
+            row[f"{name}tokens"] = float(made.tokens.mean())
+            row[f"{name}agreement"] = float(1 - made.losses.mean())
+            row[f"{name}again"] = float((made.looks > 1).mean())
+            if times is not None:
+                reached = [float((made.looks > place).mean()) for place in range(len(one.rungs))]
+                row[f"{name}ttft"] = first_token(times, one.rungs, reached, length, rule)
+        found.append(row)
+    return found
 
 
 def summary(found: Sequence[dict[str, Any]], fresh: int) -> list[dict[str, Any]]:
@@ -225,6 +231,9 @@ def summary(found: Sequence[dict[str, Any]], fresh: int) -> list[dict[str, Any]]
         line["lowest"] = min(row["agreement"] for row in mine)
         below = sum(math.floor(row["agreement"] * fresh + 0.5) < quality * fresh for row in mine)
         line["below"] = f"{below} of {len(mine)}"
+        # Fresh scenes are a sample too: those draws where they alone tell, at 95 %, that the promise is broken.
+        errors = [round((1 - row["agreement"]) * fresh) for row in mine]
+        line["broken"] = sum(1 - binomial(count - 1, fresh, 1 - quality) <= 0.05 for count in errors)
         lines.append(line)
     return lines
 

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from .loading import ModelChoice, load_examples
@@ -75,6 +74,8 @@ class Survey:
 
             rows: Any = OnePerScene(self.examples, self.seed, self.choice.testbed, self.styles)
             return rows, {"dataset": f"{self.choice.testbed} scenes", "styles": list(self.styles)}
+        import numpy as np
+
         from ..frozen.sources import TEST_SPLITS, TRAIN_SPLITS
 
         wanted = (*TEST_SPLITS, *TRAIN_SPLITS)

@@ -66,5 +66,5 @@ def describe(found: Calibration | None) -> str:
         f"`apply_grip(model, scorer=..., quality={most:g})` lets `generate` answer at few visual tokens, and again at "
         f"more where it is in doubt, so that {unit} are as with all tokens as often as promised, on data like that of "
         f"the calibration: {data}, at most {found.max_new_tokens} new tokens, greedy.\n\n"
-        f"{promises(found).markdown()}\n\nMade with {made}."
+        f"{promises(found).markdown()}\n\n{curve(found).markdown()}\n\nMade with {made}."
     )
