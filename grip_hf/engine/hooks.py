@@ -311,7 +311,7 @@ def _restore(module: nn.Module, kwargs: dict[str, Any], cache: Any, output: Any)
         return None
     if cache is None and made is not None:
         upstream.check_new_cache(made, kwargs, module.config, step.kept)
-    later = None if layers is None else layers.plans
+    later = None if layers is None else {n: (plan, layers.keys(n, plan)) for n, plan in layers.plans.items()}
     total = step.call.past_logical + step.plan.length
     grown = grow_output(output, step.plan, growths(step.plan, step.keys, total, later or {}), later is not None)
     if context.router_mask is not None:
@@ -320,7 +320,8 @@ def _restore(module: nn.Module, kwargs: dict[str, Any], cache: Any, output: Any)
     if cache is None:
         return grown
     if bool(step.call.visual.any()):
-        set_states(cache, states_after(step, later))
+        keys = None if later is None else {start: seen for start, (_, seen) in later.items()}
+        set_states(cache, states_after(step, keys))
     return given_back(grown, cache)
 
 

@@ -18,7 +18,7 @@ from ..errors import GripError, UnsupportedModelError
 from . import masks, upstream
 from .arguments import outgrows_window, uses_flash
 from .cache import find, logical_of, physical, states_of, window
-from .call import Step
+from .call import Call, Step
 from .choice import Choice
 from .context import Hook, running
 from .keepsets import topk_mask
@@ -40,6 +40,7 @@ class LayerDrops:
         step: The call; all of its tokens enter.
         asking: [G, L] bool, the tokens whose attention ranks the visual tokens of each group.
         plans: What is left from the layer of each number on, in terms of the whole call.
+        earlier: What the cache holds of calls before it, from the layer of each number on.
         ranks: By layer: attention [G, N] to the visual tokens of each group, where it has just ranked them.
     """
 
@@ -48,17 +49,35 @@ class LayerDrops:
     step: Step
     asking: Tensor
     plans: dict[int, Plan] = dataclasses.field(default_factory=dict)
+    earlier: dict[int, KeyMap] = dataclasses.field(default_factory=dict)
     ranks: Tensor | None = None
 
     @classmethod
     def of(cls, selector: Any, choice: Choice, step: Step) -> LayerDrops:
-        """The drops of a call; refuses one that comes after others on a cache."""
-        if step.call.past_logical:
+        """The drops of a call; refuses one that comes after others on a cache whose keys have no plain order."""
+        call = step.call
+        if call.past_logical and not _grows_plainly(call):
             raise GripError(
-                f"selector {selector.name!r} cannot take pictures after the first call on a cache; start a new one, "
-                "or use `with model.grip.disabled()`"
+                f"selector {selector.name!r} cannot take pictures after the first call on a static cache, or on one "
+                "with sliding windows; start a new one, or use `with model.grip.disabled()`"
             )
-        return cls(selector, choice, step, _asking(selector, choice, step.call.visual.shape[1]))
+        found = cls(selector, choice, step, _asking(selector, choice, call.visual.shape[1]))
+        if call.past_logical:
+            starts = {0, *states_of(call.cache), *(drop for _, drop in selector.stages(len(call.cache.layers)))}
+            found.earlier = {start: _held(call.cache, start, call) for start in sorted(starts)}
+        return found
+
+    def before(self, layer: int) -> KeyMap | None:
+        """What the cache holds for a layer of calls before this one; None if there were none."""
+        return next((keys for start, keys in reversed(self.earlier.items()) if start <= layer), None)
+
+    def keys(self, layer: int, plan: Plan) -> KeyMap:
+        """All keys that a layer sees where a plan is left of this call."""
+        before = self.before(layer)
+        if before is None:
+            return KeyMap(plan.index, plan.valid, plan.full)
+        index = torch.cat([before.index, plan.index + self.step.call.past_logical], 1)
+        return KeyMap(index, torch.cat([before.valid, plan.valid], 1), before.full and plan.full)
 
     @property
     def plan(self) -> Plan | None:
@@ -70,14 +89,15 @@ class LayerDrops:
         """The same, also before the first drop."""
         return self.step.plan if self.plan is None else self.plan
 
-    def rank(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def rank(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Rank the visual tokens by the attention of those that ask, in the attention module of a layer."""
-        here, groups = self.left, self.choice.groups
+        here, groups, before = self.left, self.choice.groups, self.before(layer)
         stays = here.valid & (self.step.call.real.gather(1, here.index))
         asks = self.asking.new_zeros(stays.shape)
         asks.index_put_((groups.row,), self.asking.gather(1, here.index[groups.row]), accumulate=True)
         who = make_plan(asks & stays)
-        weights = attention_of(module, args, kwargs, who.index, here.index)
+        earlier = 0 if before is None else before.index.shape[1]
+        weights = attention_of(module, args, kwargs, who.index, here.index, earlier)
         place = here.index.gather(1, who.index)
         mine = self.asking.gather(1, place[groups.row]) & who.valid[groups.row]
         mean = (weights[groups.row] * mine[..., None]).sum(1) / mine.sum(1, keepdim=True).clamp(min=1)
@@ -196,12 +216,14 @@ class LayerHook(Hook):
                 self._rank_ahead(drops, layer, args, kwargs)
             drops.drop(self.number, stage, len(self.stages))
         if drops.plan is None:
-            return None
-        return cut(drops.plan, self, layer, args, kwargs)
+            return self._later(layer, args, kwargs) if drops.earlier else None
+        return cut(drops, self, layer, args, kwargs)
 
     def _rank_ahead(self, drops: LayerDrops, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if drops.plan is not None:
-            args, kwargs = cut(drops.plan, self, layer, args, kwargs)
+            args, kwargs = cut(drops, self, layer, args, kwargs)
+        elif drops.earlier:
+            args, kwargs = self._later(layer, args, kwargs) or (args, kwargs)
         try:
             # Its forward, not a call: the hooks around it belong to the real run. It ends in its attention.
             type(layer).forward(layer, *args, **kwargs)
@@ -282,21 +304,39 @@ class RankingHook(Hook):
     def _rank(self, drops: LayerDrops, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for rank, drop in self.stages:
             if rank == self.number and drop not in drops.plans:
-                drops.rank(module, args, kwargs)
+                drops.rank(self.number, module, args, kwargs)
                 if rank == drop:
                     raise Ranked(drops.ranks)  # type: ignore[arg-type]
                 return
 
 
 def cut(
-    plan: Plan, hook: LayerHook, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    drops: LayerDrops, hook: LayerHook, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a decoder layer for the tokens of a plan."""
-    view = find(kwargs)
+    """Arguments of a decoder layer for the tokens that are left of a call."""
+    view, plan = find(kwargs), drops.left
     new = {name: value if value is view else _tokens(name, value, plan) for name, value in kwargs.items()}
     if "attention_mask" in kwargs:
-        new["attention_mask"] = _layer_mask(kwargs["attention_mask"], plan, hook, view, layer)
+        new["attention_mask"] = _layer_mask(kwargs["attention_mask"], drops, hook, view, layer)
     return tuple(_tokens("hidden_states", value, plan) for value in args), new
+
+
+def _grows_plainly(call: Call) -> bool:
+    """Whether the keys of all layers of a cache lie one after the other, and none goes but those that were dropped."""
+    cache, first = call.cache, call.state
+    plain = not cache.is_compileable and not any(cache.is_sliding) and upstream.sliding_window(call.config) is None
+    return plain and (first is None or first.trivial)
+
+
+def _held(cache: Any, layer: int, call: Call) -> KeyMap:
+    """The keys of earlier calls that a layer holds, in logical terms."""
+    states = states_of(cache)
+    start = max((one for one in states if one <= layer), default=None)
+    held = int(physical(cache).get_seq_length(layer))
+    if start is not None:
+        return states[start].keys(held)
+    index = torch.arange(held, device=call.visual.device).expand(len(call.visual), -1)
+    return KeyMap(index, torch.ones_like(index, dtype=torch.bool), full=True)
 
 
 def _tokens(name: str, value: Any, plan: Plan) -> Any:
@@ -313,23 +353,24 @@ def _tokens(name: str, value: Any, plan: Plan) -> Any:
     return take(moved, plan.index).movedim((0, 1), (-3, -2))
 
 
-def _layer_mask(mask: Tensor | None, plan: Plan, hook: LayerHook, cache: Any, layer: Any) -> Tensor | None:
-    kept = plan.index.shape[1]
-    keys = KeyMap(plan.index, plan.valid, plan.full)
-    if _runs_flash(layer, plan.length):
+def _layer_mask(mask: Tensor | None, drops: LayerDrops, hook: LayerHook, view: Any, layer: Any) -> Tensor | None:
+    plan, cache = drops.left, logical_of(view)
+    kept, keys = plan.index.shape[1], drops.keys(hook.source, plan)
+    total = drops.step.call.past_logical + plan.length
+    if _runs_flash(layer, total):
         # Also where all stay: without a mask it would read the gaps between positions as packing.
-        return masks.mask_2d(None if mask is None else mask[:, : plan.length], keys)
-    if mask is None and plan.full:
+        return masks.mask_2d(None if mask is None else mask[:, :total], keys)
+    if mask is None and keys.full:
         return None
     if mask is not None and mask.ndim == 2:
-        return masks.mask_2d(mask[:, : plan.length], keys)
+        return masks.mask_2d(mask[:, :total], keys)
     taken = hook.taken(kept)
     present = window(physical(cache), kept, hook.source, taken)
     if mask is None:
         made = masks.causal_4d(keys, kept, present)
     else:
         made = masks.mask_4d(mask, plan.index, keys, window(cache, plan.length, hook.source, taken), present)
-    return masks.let_fillers_see(made, plan.valid)
+    return masks.let_fillers_see(made, plan.valid, keys.index.shape[1] - kept)
 
 
 def _runs_flash(layer: Any, length: int) -> bool:

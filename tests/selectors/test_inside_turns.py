@@ -1,0 +1,102 @@
+"""Pictures in a later turn on one cache, for selectors that drop between layers: against the masked model."""
+
+import pytest
+import torch
+from layered import BUDGET, DEPTH, METHODS, assert_close, build_deep, dropped, masked_run, patched
+from reference import original_positions
+from tiny import IMAGE, IMAGE_ID, make_inputs
+from transformers import StaticCache
+from versions import CACHE
+
+from grip_hf.errors import GripError
+
+# Two turns of a row: the second begins with what was answered, and brings another picture.
+TURNS = {"llava": [[3, IMAGE, 4, 5, IMAGE, 6], [2, IMAGE, 9, 1, IMAGE, 3]], "qwen2_vl": [[3, IMAGE, 4, 5, IMAGE, 6]]}
+TURNS["qwen2_5_vl"] = TURNS["qwen3_vl"] = TURNS["qwen2_vl"]
+
+
+def turns_of(family):
+    """The whole conversation, and the calls that make it up: what each brings, and where it begins."""
+    inputs = make_inputs(family, TURNS[family])
+    visual = inputs["input_ids"] == IMAGE_ID
+    length = visual.shape[1]
+    start = int(visual[0].nonzero()[int(visual[0].sum()) // 2 - 1]) + 4  # some words after the first picture
+    assert not visual[:, start - 1 : start + 1].any()
+    if "image_grid_thw" in inputs:
+        sizes = inputs["image_grid_thw"].prod(1).tolist()
+        pixels = [{"pixel_values": one} for one in inputs["pixel_values"].split(sizes)]
+        pixels = [
+            {**one, "image_grid_thw": grid[None]} for one, grid in zip(pixels, inputs["image_grid_thw"], strict=True)
+        ]
+    else:
+        pictures = inputs["pixel_values"].unflatten(0, (-1, 2))
+        pixels = [{"pixel_values": pictures[:, turn]} for turn in (0, 1)]
+    positions = original_positions(build_deep(family), inputs)
+    calls = []
+    for turn, (first, last) in enumerate(((0, start), (start, length))):
+        call = {"input_ids": inputs["input_ids"][:, first:last], "attention_mask": inputs["attention_mask"][:, :last]}
+        for name in ("mm_token_type_ids",):
+            if name in inputs:
+                call[name] = inputs[name][:, first:last]
+        calls.append(({**call, **pixels[turn], "position_ids": positions[..., first:last]}, first))
+    return inputs, calls, positions
+
+
+def watch(selector, seen):
+    """Remembers, per group, whose attention ranks; no place of its own stands for the last token."""
+
+    def asking(batch):
+        named = type(selector).asking(selector, batch)
+        named = torch.zeros_like(batch.text_mask) if named is None else named & batch.text_mask
+        seen.append([batch.text_index[group, one].tolist() for group, one in enumerate(named)])
+        return named
+
+    selector.asking = asking
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", sorted(TURNS))
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_picture_in_a_later_turn(name, family, attention, no_grad):
+    inputs, calls, positions = turns_of(family)
+    model, seen, cache, logits = patched(family, name, attention), [], None, []
+    watch(model.grip.selector, seen)
+    for call, _ in calls:
+        out = model(**call, use_cache=True, **({} if cache is None else {CACHE: cache}))
+        cache = out[CACHE]
+        logits.append(out.logits)
+    plain, gone, total = build_deep(family, "eager"), None, 0
+    for (call, first), asked in zip(calls, seen, strict=True):
+        length = call["input_ids"].shape[1]
+        places = [(first + (ids == IMAGE_ID).nonzero().flatten()).tolist() for ids in call["input_ids"]]
+        asking = [[first + place for place in mine] or [first + length - 1] for mine in asked]
+        gone = dropped(plain, inputs, name, list(enumerate(places)), asking, gone)
+        total += sum(len(one) - BUDGET for one in places)
+    assert all(int(one.sum()) for one in gone.values())
+    expected = masked_run(plain, inputs, gone, positions).logits
+    there = inputs["attention_mask"].bool() & ~max(gone.items())[1]
+    assert int(max(gone.items())[1].sum()) == total
+    assert_close(family, torch.cat(logits, 1)[there], expected[there])
+    # And a word after it, on the same cache.
+    word = torch.full((len(there), 1), 33)
+    more = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    place = positions.amax((0, -1) if positions.ndim == 3 else -1) + 1
+    place = place[:, None].expand(*positions.shape[:-1], 1)
+    call = {"input_ids": word, "attention_mask": more, "position_ids": place, CACHE: cache}
+    found = model(**call).logits[:, -1]
+    whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], word], 1), "attention_mask": more}
+    if "mm_token_type_ids" in whole:
+        whole["mm_token_type_ids"] = torch.nn.functional.pad(whole["mm_token_type_ids"], (0, 1))
+    gone = {first: torch.nn.functional.pad(one, (0, 1)) for first, one in gone.items()}
+    right = masked_run(plain, whole, gone, torch.cat([positions, place], -1)).logits[:, -1]
+    assert_close(family, found, right)
+
+
+def test_caches_whose_keys_have_no_plain_order_are_refused(no_grad):
+    _, calls, _ = turns_of("llava")
+    model = patched("llava", "fastv")
+    cache = StaticCache(config=model.config, max_cache_len=96)
+    model(**calls[0][0], **{CACHE: cache})
+    with pytest.raises(GripError, match="static cache"):
+        model(**calls[1][0], **{CACHE: cache})
+    assert len(model.get_decoder().layers) == DEPTH
