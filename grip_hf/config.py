@@ -21,13 +21,43 @@ CONFIG_FILE = "grip_config.json"
 LIBRARY = "grip_hf_version"  # beside the settings in a saved config: which release of the library wrote it
 SCOPES = ("sample", "image")
 POSITION_IDS = ("original", "compact")
+# `tower_keep_ratio="auto"`: never less than the first, and so many times the share of visual tokens.
+AUTO, TOWER_LEAST, TOWER_TIMES = "auto", 0.5, 2.0
 
 
-def check_keep_ratio(value: object) -> float:
+def check_keep_ratio(value: object, name: str = "keep_ratio") -> float:
     """Return `value` as a float in (0, 1], or raise `ConfigError`."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
-        raise ConfigError(f"keep_ratio must be a number in (0, 1], got {value!r}")
+        raise ConfigError(f"{name} must be a number in (0, 1], got {value!r}")
     return float(value)
+
+
+def check_tower(value: object) -> float | str | None:
+    """Return `value` as a float in (0, 1], "auto" or None, or raise `ConfigError`."""
+    return value if value is None or value == AUTO else check_keep_ratio(value, "tower_keep_ratio")
+
+
+def tower_ratio_for(keep_ratio: float) -> float:
+    """Share of the vision tower's rows that goes with a share of the visual tokens (see `grip_hf/tower/README.md`)."""
+    return min(1.0, max(TOWER_LEAST, TOWER_TIMES * keep_ratio))
+
+
+def check_tower_ratio(tower_keep_ratio: float | str | None, keep_ratio: float) -> None:
+    """Raise `ConfigError` if the vision tower is to keep less than the language model."""
+    if isinstance(tower_keep_ratio, float) and tower_keep_ratio < keep_ratio:
+        raise ConfigError(
+            f"tower_keep_ratio must not be below keep_ratio, which needs as many rows of the vision tower: got "
+            f"tower_keep_ratio={tower_keep_ratio!r}, keep_ratio={keep_ratio!r}"
+        )
+
+
+def check_tower_depth(value: object) -> int | float:
+    """Return `value` as an int >= 1 or a float in (0, 1), or raise `ConfigError`."""
+    whole = isinstance(value, Integral) and int(value) >= 1
+    share = isinstance(value, Real) and not isinstance(value, Integral) and 0 < float(value) < 1
+    if isinstance(value, bool) or not (whole or share):
+        raise ConfigError(f"tower_depth must be a number of layers >= 1 or a share of them in (0, 1), got {value!r}")
+    return int(value) if isinstance(value, Integral) else float(value)  # type: ignore[arg-type]
 
 
 def check_num_tokens(value: object) -> int:
@@ -37,11 +67,19 @@ def check_num_tokens(value: object) -> int:
     return int(value)
 
 
-def check_one_budget(keep_ratio: object, num_tokens: object) -> None:
-    """Raise `ConfigError` unless exactly one of the two budgets is given."""
-    if (keep_ratio is None) == (num_tokens is None):
+def check_quality(value: object) -> float:
+    """Return `value` as a float in (0, 1), both ends excluded, or raise `ConfigError`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
+        raise ConfigError(f"quality must be a number in (0, 1), such as 0.99, got {value!r}")
+    return float(value)
+
+
+def check_one_budget(keep_ratio: object, num_tokens: object, quality: object = None) -> None:
+    """Raise `ConfigError` unless exactly one of the budgets is given."""
+    if sum(one is not None for one in (keep_ratio, num_tokens, quality)) != 1:
         raise ConfigError(
-            f"give exactly one of keep_ratio and num_tokens, got keep_ratio={keep_ratio!r}, num_tokens={num_tokens!r}"
+            f"give exactly one of keep_ratio and num_tokens (or quality), got keep_ratio={keep_ratio!r}, "
+            f"num_tokens={num_tokens!r}, quality={quality!r}"
         )
 
 
@@ -70,8 +108,16 @@ class GripConfig:
             scorer, else a method that needs no training.
         selector_kwargs: Keyword arguments of that selector; must be JSON-able to be saved.
         position_ids: `"original"` keeps the positions of the unpruned sequence, with gaps; `"compact"` re-numbers.
+        tower_keep_ratio: Share of the vision tower's patch rows that stay after some of its layers, in (0, 1], and not
+            below `keep_ratio`; "auto" takes what goes with the budget of the visual tokens; None for all of them.
+        tower_depth: After how many of the tower's layers, >= 1, or after which share of them, in (0, 1), the others
+            leave; None for a third.
+        tower_selector: Name of what chooses them (see `grip_hf.tower.selectors`). None leaves it to `apply_grip`: the
+            scorer's own tower scorer where there is one, else a method that needs no training.
         seed: Seed for selectors that draw at random.
         version: Version of this format.
+        quality: In place of a ratio or a number: the share of answers of `generate` that are to be as with all tokens,
+            in (0, 1), at as few tokens as a calibration of `grip-hf calibrate` found to be enough.
 
     Raises:
         ConfigError: A value is not allowed; the message names the setting, the value and what is allowed.
@@ -83,11 +129,17 @@ class GripConfig:
     selector: str | None = None
     selector_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     position_ids: Literal["original", "compact"] = "original"
+    tower_keep_ratio: float | str | None = None
+    tower_depth: int | float | None = None
+    tower_selector: str | None = None
     seed: int = 0
     version: str = CONFIG_VERSION
+    quality: float | None = None
 
     def __post_init__(self) -> None:
-        check_one_budget(self.keep_ratio, self.num_tokens)
+        check_one_budget(self.keep_ratio, self.num_tokens, self.quality)
+        if self.quality is not None:
+            object.__setattr__(self, "quality", check_quality(self.quality))
         if self.keep_ratio is not None:
             object.__setattr__(self, "keep_ratio", check_keep_ratio(self.keep_ratio))
         if self.num_tokens is not None:
@@ -96,8 +148,15 @@ class GripConfig:
             raise ConfigError(f"scope must be one of {SCOPES}, got {self.scope!r}")
         if self.position_ids not in POSITION_IDS:
             raise ConfigError(f"position_ids must be one of {POSITION_IDS}, got {self.position_ids!r}")
-        if self.selector is not None and (not isinstance(self.selector, str) or not self.selector):
-            raise ConfigError(f"selector must be the name of a selector or None, got {self.selector!r}")
+        for name in ("selector", "tower_selector"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ConfigError(f"{name} must be the name of a selector or None, got {value!r}")
+        if self.tower_keep_ratio is not None:
+            object.__setattr__(self, "tower_keep_ratio", check_tower(self.tower_keep_ratio))
+            check_tower_ratio(self.tower_keep_ratio, self.keep_ratio or 0)
+        if self.tower_depth is not None:
+            object.__setattr__(self, "tower_depth", check_tower_depth(self.tower_depth))
         if not isinstance(self.selector_kwargs, Mapping) or not all(isinstance(k, str) for k in self.selector_kwargs):
             raise ConfigError(f"selector_kwargs must be a dict with string keys, got {self.selector_kwargs!r}")
         object.__setattr__(self, "selector_kwargs", dict(self.selector_kwargs))
@@ -113,15 +172,21 @@ class GripConfig:
         return hash(tuple({**values, "selector_kwargs": frozenset(self.selector_kwargs)}.values()))
 
     def num_kept(self, total: int) -> int:
-        """Number of tokens kept of `total` real ones (0 when there are none)."""
+        """Number of tokens kept of `total` real ones (0 when there are none).
+
+        Raises:
+            ConfigError: The budget is a quality: how many stay differs from answer to answer.
+        """
+        if self.quality is not None:
+            raise ConfigError(f"quality={self.quality} keeps no fixed number of tokens")
         return count_kept(total, self.keep_ratio, self.num_tokens)
 
     def replace(self, **overrides: Any) -> GripConfig:
         """Return a copy with some settings changed; giving one kind of budget drops the other."""
         self.check_names(overrides)
-        for name, other in (("keep_ratio", "num_tokens"), ("num_tokens", "keep_ratio")):
-            if overrides.get(name) is not None and other not in overrides:
-                overrides = {**overrides, other: None}
+        budgets = ("keep_ratio", "num_tokens", "quality")
+        if any(overrides.get(name) is not None for name in budgets):
+            overrides = {**dict.fromkeys(budgets), **overrides}
         return dataclasses.replace(self, **overrides)
 
     @classmethod
@@ -134,7 +199,10 @@ class GripConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dict, and which release of the library wrote it."""
-        return {**dataclasses.asdict(self), LIBRARY: __version__}
+        settings = dataclasses.asdict(self)
+        if self.quality is None:
+            del settings["quality"]  # releases that do not know it would warn
+        return {**settings, LIBRARY: __version__}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GripConfig:

@@ -31,7 +31,9 @@ from grip_hf.selectors import SELECTORS
 TEXT = everything()
 PAGES = {path.parent.name: path.read_text(encoding="utf-8") for path in READMES}
 OURS = {name: cls for name, cls in SELECTORS.items() if cls.__module__.startswith("grip_hf.")}  # tests register more
-TRAINERS = {"grip_hf.pocket.train": "train", "grip_hf.pocket.report": "report"}  # modules with a typer command
+TRAINERS = {"grip_hf.pocket.train": "train_pocket", "grip_hf.pocket.report": "report"}  # modules with a typer command
+TRAINERS["grip_hf.calibration.head"] = "main"
+APPS = ("grip_hf.calibration.draws",)  # modules with a typer app
 TRL_CONFIGS = (GRPOConfig, ModelConfig, ScriptArguments, SFTConfig)  # what TrlParser takes besides a script's own
 FOREIGN = ("lmms_eval", "vllm")  # other projects' programs: their arguments are theirs to check
 
@@ -49,6 +51,8 @@ def check(words):
         one = typer.Typer()
         one.command()(getattr(importlib.import_module(module), TRAINERS[module]))
         parse(one, arguments)
+    elif module in APPS:
+        parse(importlib.import_module(module).app, arguments)
     elif program == "pip":
         asked = {name for word in rest for found in re.findall(r"\[(.+)\]", word) for name in found.split(",")}
         assert rest[0] == "install" and asked <= set(metadata("grip-hf").get_all("Provides-Extra"))

@@ -10,11 +10,15 @@ import typer
 from ..files import write_json
 from ..tables import Column, Table
 from . import options
-from .screen import JsonFile, budget_list, console, failures, quiet, say, split_list
+from .screen import JsonFile, budget_list, console, failures, quiet, say, split_list, tower_choice
 
 
 def _mebibytes(value: float) -> str:
     return f"{value / 2**20:.1f}"
+
+
+def _layers(drops: list[int]) -> str:
+    return ", ".join(map(str, drops))
 
 
 COLUMNS = (
@@ -26,14 +30,25 @@ COLUMNS = (
     Column("decode ms", "decode_ms", "{:.2f}"),
     Column("cache MiB", "cache_bytes", _mebibytes),
 )
+PARTS = (
+    *COLUMNS[:4],
+    Column("tower ms", "tower_ms", "{:.1f}"),
+    Column("tower scorer ms", "tower_selector_ms", "{:.2f}"),
+    Column("selector ms", "selector_ms", "{:.2f}"),
+    Column("prefill ms", "prefill_ms", "{:.1f}"),
+)
 WIDE = (
     *COLUMNS,
     Column("vision ms", "vision_ms", "{:.1f}"),
+    Column("tower ms", "tower_ms", "{:.1f}"),
+    Column("tower scorer ms", "tower_selector_ms", "{:.2f}"),
     Column("prefill ms", "prefill_ms", "{:.1f}"),
     Column("selector, of full", "selector_share", "{:.2%}"),
     Column("prefill / floor", "prefill_over_floor", "{:.3f}"),
     Column("TTFT / floor", "ttft_over_floor", "{:.3f}"),
     Column("FLOPs", "flop_ratio", "{:.1%}"),
+    Column("token-layers", "token_layers", "{:.1%}"),
+    Column("drops at", "drops", _layers),
     Column("hooks us", "hook_us", "{:.0f}"),
     Column("peak MiB", "peak_bytes", _mebibytes),
 )
@@ -47,7 +62,7 @@ def bench(
     picture: Annotated[Path | None, typer.Option(help="With your model: a picture; else noise, 672 x 672.")] = None,
     prompt: Annotated[str, typer.Option(help="With your model: the question.")] = "Describe the picture.",
     selectors: Annotated[
-        str, typer.Option(help="Selectors, downsampling, or label=folder of a scorer, separated by commas.")
+        str, typer.Option(help="Selectors, downsampling, pooled, or label=folder of a scorer, separated by commas.")
     ] = "grip,random,grid,similarity,diversity",
     budgets: options.Budgets = "64,192",
     rounds: Annotated[int, typer.Option(min=1, help="Paired rounds; medians are taken over them.")] = 5,
@@ -58,7 +73,14 @@ def bench(
     quantize: options.Quantize = None,
     device_map: options.DeviceMap = None,
     attn_implementation: options.Attention = None,
+    depth_of: Annotated[
+        int | None,
+        typer.Option(min=1, help="Drop inside the model at the shares of layers used in a model of so many layers."),
+    ] = None,
     seed: options.Seed = 0,
+    tower_keep_ratio: options.TowerRatio = None,
+    tower_selector: options.TowerSelector = None,
+    tower_depth: options.TowerDepth = None,
     wide: Annotated[bool, typer.Option("--wide", help="Show every figure that --json has.")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -72,6 +94,7 @@ def bench(
 
     with failures():
         place = find_device(device)
+        tower = tower_choice(tower_keep_ratio, tower_selector, tower_depth)
         if model not in SHAPES and not Path(model).is_dir() and "/" not in model:
             get_shape(model)  # tells the known ones
         with console.status("starting") as status:
@@ -84,13 +107,16 @@ def bench(
                 dtype = "bfloat16" if place.type == "cuda" else "float32"
             result = run_bench(
                 subject, split_list(selectors), asked, rounds, decode_tokens, batch_size, str(place), dtype,
-                attn_implementation or "sdpa", seed, status.update,
+                attn_implementation or "sdpa", seed, status.update, depth_of, tower,
             )  # fmt: skip
         if json_file is not None:
             write_json(json_file, result)
     if wide and not console.is_terminal:
         console.width = 200
-    console.print(as_table(result, WIDE if wide else COLUMNS).rich())
+    columns = COLUMNS if tower is None else PARTS
+    console.print(as_table(result, WIDE if wide else columns).rich())
+    for name, row in {row["selector"]: row for row in result["rows"] if row["drops"]}.items():
+        say(f"{name} drops tokens at layer {_layers(row['drops'])} of {row['layers']}; all of them pass those before")
     if wide:
         say(
             "floor: the unpatched language model on the kept embeddings; prefill / floor: with all that the patch "

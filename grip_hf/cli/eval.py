@@ -9,10 +9,10 @@ import typer
 
 from . import options
 from .loading import ModelChoice, load_examples
-from .screen import JsonFile, budget_list, failures, in_folder, quiet, say, split_list
+from .screen import JsonFile, budget_list, failures, in_folder, quiet, say, split_list, tower_choice
 
 
-def evaluate(
+def eval_command(
     pocket: options.Pocket = False,
     testbed: options.Testbed = "pocket",
     model: options.Model = None,
@@ -29,6 +29,10 @@ def evaluate(
     examples: Annotated[int, typer.Option(min=1, help="Questions to ask.")] = 2000,
     metric: options.Metric = "exact",
     max_new_tokens: options.NewTokens = 32,
+    calibration: Annotated[
+        bool,
+        typer.Option("--calibration", help="Tell the calibration error too; the logits of answers are kept."),
+    ] = False,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 16,
     device: options.Device = "auto",
@@ -40,6 +44,9 @@ def evaluate(
     streaming: options.Streaming = False,
     pictures: options.Pictures = None,
     force: options.Force = False,
+    tower_keep_ratio: options.TowerRatio = None,
+    tower_selector: options.TowerSelector = None,
+    tower_depth: options.TowerDepth = None,
     pocket_model: options.PocketModel = None,
     log_samples: Annotated[
         Path | None, typer.Option(callback=in_folder, help="Where to write every answer, a line of JSON each.")
@@ -58,27 +65,34 @@ def evaluate(
     from accelerate import PartialState
 
     from ..evaluation.facts import versions
-    from ..evaluation.runner import evaluate as run
-    from ..evaluation.tasks import choose, is_scorer, pocket_examples
+    from ..evaluation.runner import evaluate
+    from ..evaluation.tasks import choose_selectors, is_scorer, pocket_examples
     from ..frozen.sources import TEST_SPLITS, TRAIN_SPLITS
 
     with failures():
         loaded, processor = choice.load()
-        chosen, left_out = choose(loaded, selectors and split_list(selectors), seed, pocket, force, testbed)
+        chosen, left_out = choose_selectors(loaded, selectors and split_list(selectors), seed, pocket, force, testbed)
         facts: dict[str, Any] = {}
+        scorers = [name for name, one in chosen.items() if is_scorer(one)]
+        if (tower := tower_choice(tower_keep_ratio, tower_selector, tower_depth)) is not None:
+            from ..evaluation.towers import with_towers
+
+            facts["tower"] = {"keep_ratio": list(tower.ratios), "selector": tower.selector, "depth": tower.depth}
+            chosen = with_towers(chosen, tower, loaded, seed)
         if pocket:
             rows: Any = pocket_examples(examples, seed, testbed)
         else:
             wanted = (*TEST_SPLITS, *TRAIN_SPLITS)
             screened = load_examples(str(dataset), split, examples, seed, on_bad_row, wanted, streaming=streaming)
             rows = screened.examples
-            facts = {"dataset": dataset, "split": split, "columns": str(rows.format), "bad_rows": len(screened.bad)}
+            facts |= {"dataset": dataset, "split": split, "columns": str(rows.format), "bad_rows": len(screened.bad)}
         processes = PartialState()
         if left_out and processes.is_main_process:
             say(f"left out, since they cannot work with this model: {', '.join(left_out)}")
-        found = run(
+        found = evaluate(
             loaded, processor, rows, chosen, asked, batch_size,
-            processes=processes, metric=metric, max_new_tokens=max_new_tokens, share=pictures,
+            processes=processes, metric=metric, max_new_tokens=max_new_tokens,
+            calibration=calibration, share=pictures,
         )  # fmt: skip
         if processes.num_processes > 1:
             processes.destroy_process_group()
@@ -87,7 +101,6 @@ def evaluate(
         from .report import show, write_samples, write_table
 
         show(found)
-        scorers = [name for name, one in chosen.items() if is_scorer(one)]
         meta = {**choice.facts(), **facts, "examples": len(rows), "seed": seed, "selectors": list(chosen)}
         meta |= {"scorers": scorers, "budgets": asked, "max_new_tokens": max_new_tokens, "versions": versions()}
         if json_file is not None:

@@ -58,11 +58,11 @@ class ModelChoice:
     def load(self) -> tuple[Any, Any]:
         """The model, on its device, and its processor."""
         from ..frozen.sources import load_model
-        from ..pocket.examples import load_pocket
+        from ..pocket.examples import load_pocket_model
 
         device = find_device(self.device)
         if self.model is None:
-            model, processor = load_pocket(self.pocket_model, self.testbed)
+            model, processor = load_pocket_model(self.pocket_model, self.testbed)
             return model.to(device), processor
         return load_model(self.model, self.quantize, self.device_map, self.dtype, self.attention, device)
 

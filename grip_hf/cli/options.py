@@ -64,6 +64,17 @@ Dtype = Annotated[str, typer.Option(help="Dtype of the model; auto is that of it
 Quantize = Annotated[str | None, typer.Option(help="Load the model in 4bit or 8bit.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Device map of the model, for one that needs several devices.")]
 Attention = Annotated[str | None, typer.Option("--attn-implementation", help="Attention of the model.")]
+TowerRatio = Annotated[
+    str | None,
+    typer.Option(help="Shares of the vision tower's rows, separated by commas, or auto: each selector also so."),
+]
+TowerSelector = Annotated[
+    str | None,
+    typer.Option(help="What chooses these: a tower selector, or a tower scorer's folder; else the model's own."),
+]
+TowerDepth = Annotated[
+    float | None, typer.Option(help="After how many layers of the tower, or which share of them; else a third.")
+]
 Metric = Annotated[str, typer.Option(help="When an answer is right: exact, normalized, contains, vqa or anls.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest text to write, for a metric other than exact.")]
 Force = Annotated[bool, typer.Option("--force", help="Take a scorer that was trained for another model.")]

@@ -68,6 +68,27 @@ def in_folder(file: Path | None) -> Path | None:
 JsonFile = Annotated[Path | None, typer.Option("--json", callback=in_folder, help="Where to write the same as data.")]
 
 
+def tower_choice(ratios: str | None, selector: str | None, depth: float | None) -> Any:
+    """The rows of the vision tower that options ask for; None if they ask for all.
+
+    Raises:
+        BadParameter: There are no ratios for the other two.
+    """
+    if ratios is None:
+        if selector is not None or depth is not None:
+            raise typer.BadParameter("--tower-selector and --tower-depth go with --tower-keep-ratio")
+        return None
+    from ..config import AUTO, check_tower_depth
+    from ..evaluation.towers import TowerChoice
+
+    if depth is not None:
+        depth = check_tower_depth(int(depth) if depth >= 1 and depth == int(depth) else depth)
+    found = [
+        one if one == AUTO else numbers(one, wanted="--tower-keep-ratio: numbers")[0] for one in split_list(ratios)
+    ]
+    return TowerChoice(tuple(found), selector, depth)
+
+
 def split_list(text: str) -> list[str]:
     """The parts of a list separated by commas."""
     return [part.strip() for part in text.split(",") if part.strip()]

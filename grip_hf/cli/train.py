@@ -17,7 +17,7 @@ from .screen import failures, numbers, quiet, split_list
 TAKEN = ("output_dir", "max_steps", "seed", "save_steps", "save_total_limit", "report_to", "use_cpu")
 
 
-def train(
+def train_command(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder of the run; going on with an unfinished one is automatic.")],
     pocket: options.Pocket = False,

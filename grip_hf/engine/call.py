@@ -79,6 +79,7 @@ class LastCall:
         kept: per sample, the indices of the visual tokens that stayed among those of the call, rising. A selector that
             drops tokens between layers lets all of them in.
         total: per sample, the number of visual tokens in the call.
+        candidates: per sample, how many of them could stay: those whose rows the vision tower did not drop.
         held: [B, L] bool, the positions that are neither padding nor dropped. At a dropped position the hidden states
             are those of the kept one before it, so leave it out of means over them.
         scores: [groups, tokens] float32 of the selector, 0 at padding; None if it was not asked.
@@ -87,6 +88,7 @@ class LastCall:
 
     kept: list[Tensor]
     total: list[int]
+    candidates: list[int]
     held: Tensor
     scores: Tensor | None
     milliseconds: float

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import GripError
+from ..errors import ConfigError, GripError
 from ..families.layouts import View
 from . import upstream
+from .budget import Budget
 from .call import Call, LastCall, Step
-from .context import Budget, CallContext
+from .context import CallContext
 from .keepsets import Groups, VisualBatch, group_tokens, spread_taps, topk_mask
 from .masks import KeyMap
 from .plan import identity_plan, make_plan
@@ -57,7 +59,8 @@ def choose(context: CallContext, call: Call) -> Choice | None:
     """
     boundary = context.boundary
     budget = boundary.budget()
-    if budget.everything or budget.keep_ratio == 1:
+    alive = None if boundary.tower is None else boundary.tower.survivors(context, call, budget)
+    if (budget.everything or budget.keep_ratio == 1) and alive is None:
         return None
     _refuse_split_picture(call)
     question = read_question(context, call.visual, call.real, first=call.past_logical == 0)
@@ -68,7 +71,11 @@ def choose(context: CallContext, call: Call) -> Choice | None:
     image, positions = boundary.parts.family.layout(view)
     groups = group_tokens(call.visual, _group_key(question, image if boundary.per_image else None))
     wanted = _counts(budget, groups, call)
-    if wanted is None:
+    if alive is not None:  # counted of all tokens, chosen from those that have rows
+        totals = groups.mask.sum(1)
+        groups, both = groups.within(alive, torch.stack([totals if wanted is None else wanted, totals], 1))
+        wanted, totals = both.unbind(1)
+    elif wanted is None:
         if budget.most is not None:
             boundary.warn_once(
                 f"num_tokens={budget.most} keeps all visual tokens: the largest picture or sample has "
@@ -76,6 +83,7 @@ def choose(context: CallContext, call: Call) -> Choice | None:
             )
         return None
     batch = _visual_batch(groups, wanted, question, call, image, positions, _taps(context))
+    batch = batch if alive is None else dataclasses.replace(batch, totals=totals)
     return _ask(boundary.selector, groups, batch, question, call)
 
 
@@ -108,8 +116,42 @@ def _counts(budget: Budget, groups: Groups, call: Call) -> Tensor | None:
         return torch.equal(rows, call.embeds)
 
     totals = groups.mask.sum(1)
-    counts = budget.counts(totals, groups.row, len(call.visual), repeated)
+    counts = counts_of(budget, totals, groups.row, len(call.visual), repeated)
     return None if torch.equal(counts, totals) else counts
+
+
+def counts_of(budget: Budget, totals: Tensor, rows: Tensor, batch: int, repeated: Callable[[int], bool]) -> Tensor:
+    """[G] long: tokens to keep per group, each as `config.count_kept` counts them.
+
+    Args:
+        budget: The budget.
+        totals: [G] long, visual tokens of each group, at least 1.
+        rows: [G] long, the row of each group in the batch.
+        batch: Number of rows.
+        repeated: Whether each sample of the batch stands so many times in a row, as `generate` repeats them for
+            beams; these keep the per-sample budgets of the original samples.
+
+    Raises:
+        ConfigError: Budgets per sample are not as many as the samples.
+    """
+    if budget.everything:
+        return totals
+    if budget.num_tokens is not None:
+        numbers = torch.tensor(_per_row(budget.num_tokens, "num_tokens", batch, repeated))
+        return numbers.to(rows.device)[rows].minimum(totals)
+    # On the CPU, in double precision, which some devices lack.
+    ratios = torch.tensor(_per_row(budget.keep_ratio, "keep_ratio", batch, repeated), dtype=torch.float64)
+    counts = (ratios[rows.cpu()] * totals.cpu() + 0.5).floor().long().clamp(min=1)
+    return counts.to(totals.device).minimum(totals)
+
+
+def _per_row(value: Any, name: str, batch: int, repeated: Callable[[int], bool]) -> list[Any]:
+    if not isinstance(value, tuple):
+        return [value] * batch
+    repeats = batch // len(value)
+    if batch % len(value) or (repeats > 1 and not repeated(repeats)):
+        raise ConfigError(f"{name} has {len(value)} values for a batch of {batch} samples; give one per sample")
+    return [one for one in value for _ in range(repeats)]
 
 
 def _visual_batch(
@@ -153,8 +195,8 @@ def _taps(context: CallContext) -> dict[str, Tensor]:
         GripError: It is not known: they were encoded without the patch, or cut into chunks since.
     """
     needs = getattr(context.boundary.selector, "needs", ())
-    if not needs and not context.boundary.tapped:
-        return {}
+    if (not needs and not context.boundary.tapped) or context.boundary.tower is not None:
+        return {}  # where the tower drops rows, no selector taps it
     encoded = upstream.encoded_outputs(context.arguments or {})
     taps = context.taps.joined()
     for output in encoded:
@@ -210,9 +252,11 @@ def _keys_before(call: Call) -> KeyMap:
 def last_call(step: Step, choice: Choice | None) -> LastCall:
     """What a step keeps, and what the selector said."""
     visual, held = step.call.visual, step.keep & step.call.real
+    total: list[int] = visual.sum(1).tolist()
     return LastCall(
         kept=[stays[seen].nonzero().flatten() for stays, seen in zip(held & visual, visual, strict=True)],
-        total=visual.sum(1).tolist(),
+        total=total,
+        candidates=total if choice is None else choice.groups.per_row(len(visual)),
         held=held,
         scores=None if choice is None else choice.scores,
         milliseconds=0.0 if choice is None else choice.milliseconds,

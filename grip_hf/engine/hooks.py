@@ -21,10 +21,10 @@ from ..errors import GripError
 from ..families.table import Parts
 from . import routing, upstream
 from .arguments import check, prune_arguments
+from .budget import Budget
 from .cache import find, given_back, logical_of, physical, returned, set_states, state_of, states_of
 from .choice import Score, choose, last_call, make_step
 from .context import (
-    Budget,
     CallContext,
     Hook,
     budget_of,
@@ -56,6 +56,8 @@ class Boundary:
         key: whose budgets and prompts count.
         leader: the patch whose count too, if another one is followed.
         tapped: True if the selector taps the vision tower.
+        tower: the part of the patch that drops rows within the vision tower, if any.
+        encodes_once: True if pictures may be encoded once for several calls of `generate`.
     """
 
     parts: Parts
@@ -66,6 +68,8 @@ class Boundary:
     key: object
     leader: Boundary | None = None
     tapped: bool = False
+    tower: Any = None
+    encodes_once: bool = False
 
     def __post_init__(self) -> None:
         self.base_parameters = upstream.parameters(self.parts.base)
@@ -98,11 +102,27 @@ class Boundary:
         if getattr(self.selector, "inside", False):
             self._removable += hook_layers(language_model, self.selector)  # type: ignore[arg-type]
         methods: list[Any] = [Generate(owner, self)] if hasattr(type(owner), "generate") else []
-        if selector_hooks:
-            methods += [Encode(base, name) for name in upstream.ENCODERS if hasattr(type(base), name)]
+        if selector_hooks or self.encodes_once:
+            methods += self._encoders()
         for method in methods:
             method.attach()
         self._removable += methods
+
+    def attach_tower(self, hooks: list[Any], methods: list[Any]) -> None:
+        """Add hooks within the vision tower.
+
+        Args:
+            hooks: Their handles.
+            methods: What stands in for methods of the base model.
+        """
+        methods = [*self._encoders(), *methods]
+        for method in methods:
+            method.attach()
+        self._removable += [*hooks, *methods]
+
+    def _encoders(self) -> list[Any]:
+        base = self.parts.base
+        return [Encode(base, name) for name in upstream.ENCODERS if hasattr(type(base), name)]
 
     def remove(self) -> None:
         """Remove the hooks, those too that copies of modules carried to other places of the model."""

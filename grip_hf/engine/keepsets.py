@@ -30,6 +30,8 @@ class VisualBatch:
         text_index: [G, T] long, where each text token stands in its row of the call, 0 at padding; None where there
             is no call.
         token_index: [G, N] long, where each visual token stands there, 0 at padding; None where there is no call.
+        totals: [G] long, visual tokens of each group, those too that cannot stay since the vision tower dropped their
+            rows; None where all are here.
     """
 
     tokens: Tensor
@@ -42,6 +44,13 @@ class VisualBatch:
     taps: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     text_index: Tensor | None = None
     token_index: Tensor | None = None
+    totals: Tensor | None = None
+
+    @property
+    def keep_ratio(self) -> Tensor:
+        """[G] float32 share of each group's visual tokens that stays, at most 1."""
+        totals = self.mask.sum(1) if self.totals is None else self.totals
+        return (self.budgets / totals.clamp(min=1)).clamp(max=1).float()
 
 
 def check_finite(scores: Tensor, mask: Tensor) -> None:
@@ -98,6 +107,20 @@ class Groups:
         picked = values[self.row[:, None], self.place]
         mask = self.mask.view(*self.mask.shape, *[1] * (picked.ndim - 2))
         return picked.masked_fill(~mask, 0)
+
+    def per_row(self, rows: int) -> list[int]:
+        """How many tokens the groups of each row have."""
+        counts = torch.zeros(rows, dtype=torch.long).index_add(0, self.row.cpu(), self.mask.sum(1).cpu())
+        return [int(count) for count in counts]
+
+    def within(self, some: Tensor, values: Tensor) -> tuple[Groups, Tensor]:
+        """The groups of the tokens that `some` [B, L] bool marks, and the `values` [G, ...] of those that have any."""
+        marked = self.mask & some[self.row[:, None], self.place]
+        left = marked.any(1)
+        marked, width = marked[left], int(marked.sum(1).max()) if marked.numel() else 0
+        order = marked.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
+        mask = marked.gather(1, order)
+        return Groups(self.row[left], self.place[left].gather(1, order) * mask, mask), values[left]
 
     def place_values(self, values: Tensor, embeds: Tensor, keep: Tensor) -> Tensor:
         """[B, L, D]: `embeds` with `values` [G, N, D] in place of the tokens that `keep` [G, N] marks."""

@@ -21,6 +21,7 @@ class Encoding:
     """Rows per visual token, by tap, each with what it was computed from; pictures in the order of their encoding."""
 
     parts: dict[str, list[tuple[Tensor, Tensor]]] = dataclasses.field(default_factory=dict)
+    encoder: str = ""  # the method of the base model that encodes them
 
     def add(self, other: Encoding) -> None:
         """Take over what another encoding collected."""
@@ -42,9 +43,10 @@ _taps: dict[int, tuple[weakref.ref[Any], dict[str, Tensor]]] = {}  # id of an en
 
 
 @contextlib.contextmanager
-def encoding() -> Iterator[Encoding]:
+def encoding(encoder: str = "") -> Iterator[Encoding]:
     """Collect what is published while pictures are encoded; published elsewhere, as by a recomputation, it is lost."""
-    _thread.encodings.append(Encoding())
+    outer = _thread.encodings[-1].encoder if _thread.encodings else ""  # one for videos may call that for pictures
+    _thread.encodings.append(Encoding(encoder=outer or encoder))
     try:
         yield _thread.encodings[-1]
     finally:
@@ -63,6 +65,17 @@ def publish(name: str, source: Tensor, rows: Callable[[], Tensor]) -> None:
         parts = _thread.encodings[-1].parts.setdefault(name, [])
         if not any(source is one for one, _ in parts):
             parts.append((source, rows()))
+
+
+def encoder() -> str:
+    """The method of a patched base model that is encoding pictures, or "" outside any."""
+    return _thread.encodings[-1].encoder if _thread.encodings else ""
+
+
+def taken_out(name: str) -> Tensor | None:
+    """Take out what was published under a name of the pictures that are being encoded, if anything was."""
+    parts = _thread.encodings[-1].parts.pop(name, None) if _thread.encodings else None
+    return None if parts is None else torch.cat([rows for _, rows in parts])
 
 
 def attach_taps(encoded: Any, taps: dict[str, Tensor]) -> None:

@@ -30,9 +30,16 @@ CACHE_NAMES = ("cache", "past_key_values")
 PAGED = "PagedAttentionCache"
 # Pictures that were encoded before the call, and the release that brought them.
 ENCODED, ENCODED_SINCE = "mm_encoder_outputs", "5.18"
+# What language models read of them: one row per visual token, and the same of earlier layers of the tower.
+FEATURES, DEEPSTACK = "pooler_output", "deepstack_features"
 # Arguments with which pictures or videos come, and the methods that encode them.
 PICTURES = ("pixel_values", "image_hidden_states")
 ENCODERS = ("get_image_features", "get_video_features")
+# Of vision towers: the pictures' frames, rows and columns of patches, where they are packed and where they are padded;
+# cumulative lengths of packed sequences (the longest of them, `max_seqlen`, is a bound that may stay); attention masks
+# that have no rows to cut.
+GRID, SHAPES, LENGTHS = "grid_thw", "spatial_shapes", ("cu_seqlens",)
+OPAQUE_MASKS = ("BlockMask",)
 # What a call of the language model must be able to take; all else is passed on or refused.
 NEEDED = ("inputs_embeds", "attention_mask", "position_ids")
 # Arguments of the language model with one entry per token, [B, L, ...].
@@ -76,6 +83,12 @@ def unknown(what: str) -> UnsupportedModelError:
 def parameters(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a module's `forward`."""
     return tuple(inspect.signature(module.forward).parameters)
+
+
+def parameters_of(module: nn.Module, method: str) -> tuple[str, ...]:
+    """Names of the arguments of a method of a module; none if it has no such method."""
+    found = getattr(module, method, None)
+    return () if found is None else tuple(inspect.signature(found).parameters)
 
 
 def cache_name(module: nn.Module) -> str:
@@ -325,6 +338,19 @@ def only_read(arguments: Mapping[str, Any], held: bool) -> dict[str, Any]:
         return ReadOnly(value) if held else None
 
     return {name: other(value) if isinstance(value, Cache) else value for name, value in arguments.items()}
+
+
+def hidden_states_wanted(arguments: Mapping[str, Any], module: Any, layers: int) -> set[int] | None:
+    """The layers of a vision tower whose output a caller wants, or None for all.
+
+    Since 5.23 it may name them; the first hidden state is the input of the first layer.
+    """
+    wanted = arguments.get("output_hidden_states")
+    wanted = getattr(module.config, "output_hidden_states", False) if wanted is None else wanted
+    if isinstance(wanted, bool):
+        return None if wanted else set()
+    chosen = [wanted] if isinstance(wanted, int) else wanted
+    return {index % (layers + 1) - 1 for index in chosen}
 
 
 def attention_module(layer: nn.Module) -> Any:

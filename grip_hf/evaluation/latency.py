@@ -25,6 +25,7 @@ from .facts import versions
 from .flops import prefill_flops
 from .paired import Bench, Timing, Variant
 from .shapes import Subject, get_shape, shaped
+from .towers import TowerChoice, goes_with_tower
 
 Round = dict[Variant, Timing]
 
@@ -41,14 +42,16 @@ def run_bench(
     attention: str = "sdpa",
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
+    depth_of: int | None = None,
+    tower: TowerChoice | None = None,
 ) -> dict[str, Any]:
     """Measure selectors at several budgets.
 
     Args:
         model: Name of a shape, such as "small" or "llava-1.5-7b", which gets random weights; or a model of your own
             with its inputs, for which `batch`, `device`, `dtype` and `attention` are not read.
-        selectors: Names of selectors, "downsampling", or `label=folder` for a scorer of your own; "grip" is the scorer
-            that came with the model, else one with random weights, which takes as long as a trained one.
+        selectors: Names of selectors, "downsampling", "pooled", or `label=folder` for a scorer of your own; "grip" is
+            the scorer that came with the model, else one with random weights, which takes as long as a trained one.
         budgets: Keep ratios in (0, 1], or numbers of visual tokens > 1.
         rounds: Paired rounds, after one that is not counted.
         decode_tokens: Further tokens to time after the first.
@@ -58,6 +61,9 @@ def run_bench(
         attention: Attention implementation of the model.
         seed: Seed of weights and inputs.
         progress: Called with what is being done.
+        depth_of: Layers of another model: selectors inside the language model drop at the shares of layers where they
+            drop in that one, so that times can be joined with accuracies measured on it.
+        tower: At which shares of the vision tower's rows each selector is measured too.
 
     Returns:
         `setting` (what was run and where), `unpruned` and one entry of `rows` per selector and budget, all plain data.
@@ -66,7 +72,8 @@ def run_bench(
         ConfigError: An argument is not allowed.
     """
     wanted = [check_budget(budget) for budget in budgets]
-    for name, value in (("rounds", rounds), ("decode_tokens", decode_tokens), ("batch", batch)):
+    given = (("rounds", rounds), ("decode_tokens", decode_tokens), ("batch", batch))
+    for name, value in (*given, *([] if depth_of is None else [("depth_of", depth_of)])):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
     if not selectors:
@@ -81,8 +88,13 @@ def run_bench(
         model = shaped(model, batch, device, precision, attention, seed)
     built, place = model.model, model.inputs["input_ids"].device
     counts = list(dict.fromkeys(kept_of(model.tokens, budget) for budget in wanted))
-    bench = Bench(built, model.inputs, selectors, decode_tokens, seed)
-    pruned = [Variant(name, count) for count in counts for name in bench.selectors]
+    bench = Bench(built, model.inputs, selectors, decode_tokens, seed, depth_of, tower)
+    pruned = [
+        Variant(name, count, share)
+        for count in counts
+        for name, one in bench.selectors.items()
+        for share in (None, *(tower.ratios if tower is not None and goes_with_tower(one) else ()))
+    ]
     variants = [Variant(), *(Variant(None, count) for count in counts), *pruned]
     found: list[Round] = []
     for number in range(rounds + 1):
@@ -97,7 +109,9 @@ def run_bench(
     for variant in pruned:
         held = found[0][variant].layer_tokens
         share = prefill_flops(language_model, held) / full
-        rows.append({**_row(found[1:], variant), "kept": held[-1] - texts, "flop_ratio": share})
+        row = {**_row(found[1:], variant), "kept": held[-1] - texts, "flop_ratio": share}
+        row["token_layers"] = sum(held) / sum(found[0][Variant()].layer_tokens)
+        rows.append({**row, "drops": bench.drops(str(variant.selector)), "layers": len(held)})
     setting = {
         "model": model.name,
         "visual_tokens": model.tokens,
@@ -143,7 +157,8 @@ def _row(rounds: list[Round], variant: Variant) -> dict[str, Any]:
         return median(value(one[variant], one[Variant()], one[floor]) for one in rounds)
 
     return {
-        "selector": variant.selector,
+        "selector": variant.name,
+        "tower_keep_ratio": variant.tower,
         "num_tokens": variant.num_tokens,
         **_medians(rounds, variant),
         "floor_prefill_ms": ratio(lambda mine, full, floor: floor.ms["prefill"]),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..engine.keepsets import VisualBatch
 from ..families.table import find_parts
+from ..tower.facts import find_module
 
 # The parts of a call between two marks: name -> (from, to).
 SPANS = {
@@ -22,6 +23,8 @@ SPANS = {
     "head": ("lm_left", "end"),
     "total": ("start", "end"),
 }
+# Parts of `vision`.
+WITHIN = {"tower": ("tower_in", "tower_out"), "tower_selector": ("tower_selector_in", "tower_selector_out")}
 HOOKED = (("base_in", "base_begin"), ("lm_in", "lm_begin"), ("lm_done", "lm_left"), ("base_done", "base_left"))
 
 
@@ -58,10 +61,11 @@ class Stopwatch:
         return 1e3 * (self.host[last] - self.host[first])
 
     def spans(self) -> dict[str, float]:
-        """Milliseconds of every part of the call; `prune` is without the `selector`."""
-        found = {name: self.ms(*marks) for name, marks in SPANS.items()}
+        """Milliseconds of every part of the call; `prune` is without the `selector`, `tower` without its own."""
+        found = {name: self.ms(*marks) for name, marks in {**SPANS, **WITHIN}.items()}
         found["selector"] = self.ms("selector_in", "selector_out")
         found["prune"] -= found["selector"]
+        found["tower"] -= found["tower_selector"]
         return found
 
     def hook_us(self) -> float:
@@ -70,10 +74,16 @@ class Stopwatch:
 
 
 class TimedSelector:
-    """A selector that marks when it is asked and when it has answered."""
+    """A selector that marks when it is asked and when it has answered.
 
-    def __init__(self, selector: Any, watch: Stopwatch) -> None:
-        self.selector, self.watch = selector, watch
+    Args:
+        selector: It.
+        watch: Gets the marks.
+        name: What they are called after.
+    """
+
+    def __init__(self, selector: Any, watch: Stopwatch, name: str = "selector") -> None:
+        self.selector, self.watch, self.name_of_marks = selector, watch, name
 
     def prepare(self, model: Any) -> list[Any]:
         """Prepare the selector inside."""
@@ -85,15 +95,15 @@ class TimedSelector:
 
     def __call__(self, batch: VisualBatch) -> Tensor:
         """Scores of the selector inside."""
-        self.watch.mark("selector_in")
+        self.watch.mark(f"{self.name_of_marks}_in")
         scores = self.selector(batch)
-        self.watch.mark("selector_out")
+        self.watch.mark(f"{self.name_of_marks}_out")
         return scores
 
 
 @contextlib.contextmanager
 def watched(model: Any, watch: Stopwatch, inputs: list[dict[str, Any]] | None = None) -> Iterator[None]:
-    """Mark the borders of the base model and of its language model, outside and inside of all hooks there are.
+    """Mark the borders of the base model, its tower and its language model, outside and inside of all hooks there are.
 
     Args:
         model: A model, patched before if at all.
@@ -115,6 +125,12 @@ def watched(model: Any, watch: Stopwatch, inputs: list[dict[str, Any]] | None = 
             module.register_forward_pre_hook(before(f"{short}_begin"), with_kwargs=True),
             module.register_forward_hook(after(f"{short}_done"), prepend=True, with_kwargs=True),
             module.register_forward_hook(after(f"{short}_left"), with_kwargs=True),
+        ]
+    tower = find_module(parts)
+    if tower is not None:
+        handles += [
+            tower.register_forward_pre_hook(before("tower_in"), prepend=True, with_kwargs=True),
+            tower.register_forward_hook(after("tower_out"), with_kwargs=True),
         ]
     if inputs is not None:
         spy = lambda module, args, kwargs: inputs.append(dict(kwargs))  # noqa: E731

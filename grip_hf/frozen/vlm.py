@@ -63,13 +63,19 @@ class FrozenVLM:
         self._cache: LRUCache[str, Encoded] = LRUCache(cache_bytes, getsizeof=lambda one: one.nbytes)
         self._seen: VisualBatch | None = None
         self._keep: Sequence[Tensor] | None = None
+        self._taps: list[Any] = []
         self.attach()
         self._taps = list(tap(model)) if tap is not None else []
+        self._see_taps()
         self._shared = None if share is None else SharedPictures(share, fingerprint(self.parts))
 
     def attach(self) -> None:
         """Put the patch on the model again, after another one stood there."""
         apply_grip(self.model, GripConfig(num_tokens=1), selector=self._select)
+        self._see_taps()
+
+    def _see_taps(self) -> None:
+        self.model.grip._boundary.tapped = bool(self._taps)
 
     def close(self) -> None:
         """Remove the patch from the model."""
@@ -124,6 +130,7 @@ class FrozenVLM:
             )
             visual = share_tokens(own := one_row(seen, row), encoded[row].features)
             size = own.text.nbytes + own.tokens.nbytes * (visual is own) + 4 * len(answer) * self.vocabulary
+            size += sum(tap.nbytes for tap in own.taps.values())
             samples.append(Sample(inputs[row], encoded[row], visual, answer, size, example))
         return samples
 

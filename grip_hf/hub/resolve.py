@@ -13,6 +13,7 @@ from torch import nn
 from ..config import GripConfig
 from ..errors import ConfigError, HubError, ScorerError
 from ..families.table import Parts
+from ..tower.part import FOLDER
 from .adapter_part import AdapterPart
 from .checkpoint import CONFIG_FILE, SUBFOLDER, attached_folder, came_from
 from .download import fetch, is_repo_id, read_settings
@@ -29,12 +30,16 @@ class Resolved:
     Attributes:
         config: The settings, with the name of the selector; None if a callable chooses.
         scorer: The learned scorer, if it chooses.
+        tower_scorer: The one that lies beside it, for the rows of the vision tower, if there is one.
         note: What was decided for the user, for the log and the handle's `repr`; "" if nothing was.
+        folder: Where what chooses came from, if it came from a folder.
     """
 
     config: GripConfig
     scorer: nn.Module | None = None
     note: str = ""
+    tower_scorer: nn.Module | None = None
+    folder: str | None = None
 
 
 def resolve(
@@ -74,9 +79,11 @@ def resolve(
     GripConfig.check_names(overrides)
     given = overrides.get("selector") or (config.selector if config is not None else None)
     saved: GripConfig | None = None
+    folder: str | None = None
     if isinstance(scorer, (str, os.PathLike)):
         asked = scorer
-        saved, scorer = _load(_folder(parts, scorer, hub, force))
+        folder = _folder(parts, scorer, hub, force)
+        saved, scorer = _load(folder)
         if scorer is None and saved is None:
             raise ScorerError(f"{os.fspath(asked)!r} holds no GRIP scorer")
     elif scorer is not None and not isinstance(scorer, nn.Module):
@@ -87,27 +94,38 @@ def resolve(
         and not callable(selector)
         and not _brings_scorer(config, overrides)
     ):
-        saved, scorer = _attached(parts, adapter, given, hub)
+        saved, scorer, folder = _attached(parts, adapter, given, hub)
     if config is None and saved is None and not overrides:
         raise ConfigError(
-            "apply_grip(model) needs a budget: give a GripConfig, keep_ratio=... or num_tokens=..., or the scorer=... "
-            f"whose settings were saved with it; the checkpoint of this model ({came_from(parts.owner)!r}) has no "
-            "GRIP part"
+            "apply_grip(model) needs a budget: give a GripConfig, keep_ratio=..., num_tokens=... or quality=..., or "
+            "the scorer=... whose settings were saved with it; the checkpoint of this model "
+            f"({came_from(parts.owner)!r}) has no GRIP part"
         )
     check_scorer(parts, scorer, force)
-    return _decided(config, saved, scorer, selector, overrides)
+    folder = folder or getattr(getattr(scorer, "config", None), "_name_or_path", None) or None
+    decided = _decided(config, saved, scorer, selector, overrides)
+    return dataclasses.replace(decided, tower_scorer=_tower(folder), folder=folder)
+
+
+def _tower(folder: str | None) -> nn.Module | None:
+    """The tower scorer in a scorer's folder, if there is one."""
+    if folder is None or not os.path.isdir(os.path.join(folder, FOLDER)):
+        return None
+    from ..tower.scorer import TowerScorer  # only needed here
+
+    return TowerScorer.from_folder(os.path.join(folder, FOLDER))
 
 
 def _attached(
     parts: Parts, adapter: AdapterPart | None, given: str | None, hub: dict[str, Any]
-) -> tuple[GripConfig | None, nn.Module | None]:
-    """The settings and the scorer that came with the active adapter, or with the model's checkpoint."""
+) -> tuple[GripConfig | None, nn.Module | None, str | None]:
+    """Settings, scorer and folder of what came with the active adapter, or with the model's checkpoint."""
     if adapter is not None and adapter.scorer is None and given is None:
-        return adapter.settings, None
+        return adapter.settings, None, None
     attached = attached_folder(parts.owner, **hub)
     if adapter is not None and adapter.scorer is not None:
         attached = adapter.folder(attached)
-    return (None, None) if attached is None else _load(attached)
+    return (None, None, None) if attached is None else (*_load(attached), attached)
 
 
 def old_spelling(config: Any, scorer: Any) -> tuple[GripConfig | None, Any]:

@@ -54,7 +54,4 @@ class GripSelector(Selector):
     @torch.no_grad()
     def __call__(self, batch: VisualBatch) -> Tensor:
         """Return the scorer's scores [G, N]."""
-        ratio = batch.budgets / batch.mask.sum(1).clamp(min=1)
-        return self.scorer(
-            batch.tokens, batch.mask, batch.text, batch.text_mask, ratio.clamp(max=1).float(), batch.positions
-        )
+        return self.scorer(batch.tokens, batch.mask, batch.text, batch.text_mask, batch.keep_ratio, batch.positions)

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from ..config import GripConfig
 from ..errors import CheckpointError as CheckpointError
 from ..errors import FileError
 from ..hub.checkpoint import CONFIG_FILE
-from ..scorer.model import GripScorer
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STATE = "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def save_scorer(scorer: GripScorer, folder: str | os.PathLike[str], config: GripConfig | None = None) -> Path:
+def save_scorer(scorer: PreTrainedModel, folder: str | os.PathLike[str], config: GripConfig | None = None) -> Path:
     """Write a scorer beside its place and then move it there, replacing its files one by one, the weights last.
 
     Args:

@@ -35,11 +35,12 @@ def prune_like(reference: nn.Module, model: nn.Module) -> None:
     handle = vars(unwrap(model)).get("grip")
     if not isinstance(handle, GripHandle):
         raise ConfigError(f"model must be patched by apply_grip, got a {type(unwrap(model)).__name__} that is not")
+    rows: Any = {"tower_selector": handle.tower.chosen_by}
     if handle.can_be_saved:
-        apply_grip(reference, handle.config, scorer=handle.scorer)  # type: ignore[arg-type]
+        apply_grip(reference, handle.config, scorer=handle.scorer, **rows)  # type: ignore[arg-type]
     else:
         # A copy, because a selector may remember modules of the model that it was prepared for.
-        apply_grip(reference, handle.config, selector=copy.copy(handle.selector))
+        apply_grip(reference, handle.config, selector=copy.copy(handle.selector), **rows)
     unwrap(reference).grip.follow(handle)
 
 

@@ -5,7 +5,8 @@ import torch
 
 from grip_hf.config import count_kept
 from grip_hf.engine.arguments import compact_positions
-from grip_hf.engine.context import Budget
+from grip_hf.engine.budget import Budget
+from grip_hf.engine.choice import counts_of
 from grip_hf.engine.keepsets import group_tokens, spread_taps
 from grip_hf.engine.masks import KeyMap, Window, causal_4d, mask_2d, mask_4d
 from grip_hf.engine.plan import expand, grow_output, growth, identity_plan, make_plan, source_slots, take, take_last
@@ -190,7 +191,7 @@ def test_budgets_count_per_group():
         return False
 
     def counts(budget, totals, rows, batch, repeated):
-        return budget.counts(torch.tensor(totals), torch.tensor(rows), batch, repeated).tolist()
+        return counts_of(budget, torch.tensor(totals), torch.tensor(rows), batch, repeated).tolist()
 
     assert counts(Budget(keep_ratio=0.5), [4, 5, 1], [0, 1, 2], 3, never) == [2, 3, 1]
     assert counts(Budget(num_tokens=(1, 9)), [4, 4, 4], [0, 0, 1], 2, bool) == [1, 1, 4]

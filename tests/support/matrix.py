@@ -30,6 +30,7 @@ MROPE = "transformers cannot tell its positions without token ids"
 MERGED = "transformers gets the mask of a packed row wrong: raises"
 RECURRENT = "the state of its recurrent layers would run on into the next sequence: raises"
 WINDOW = "beyond its sliding window: raises"
+ROWS = "the rows of its vision tower are not known, or it looks at all of them behind it: raises"
 
 
 def same(reason, *families):
@@ -68,9 +69,24 @@ REFUSED = {
         **same(KEYS, "gemma3n", "gemma4"),
     },
     "flash": same(WINDOW, "aya_vision", "cohere2_vision", "exaone4_5", "gemma3n", "mistral3"),
+    "drops in the tower": same(
+        ROWS,
+        *(
+            "aria",
+            "ernie4_5_vl_moe",
+            "fast_vlm",
+            "gemma3n",
+            "gemma4",
+            "got_ocr2",
+            "idefics2",
+            "lighton_ocr",
+            "mistral3",
+        ),
+        *("molmo2", "perception_lm", "video_llama_3", "video_llava"),
+    ),
 }
 COLUMNS = ("no cache", "static cache", "beam search", "prompt lookup", "chunked prefill", "later turns", "embeddings")
-COLUMNS += ("packed rows", "flash", "drops between layers")
+COLUMNS += ("packed rows", "flash", "drops between layers", "drops in the tower")
 
 
 def every_family(fast=FEW, without=()):

@@ -25,7 +25,7 @@ __all__ = [
     "TEXT",
     "AutoModelForImageTextToText",
 ]
-__all__ += ["TINY", "VARIANTS", "VIDEO_ID", "VISION", "VOCAB", "build", "join_pictures", "make_inputs"]
+__all__ += ["TINY", "VARIANTS", "VIDEO_ID", "VISION", "VOCAB", "build", "join_pictures", "make", "make_inputs"]
 __all__ += ["select_by_content"]
 
 EVERY = sorted(ALL)
