@@ -37,7 +37,8 @@ from .context import (
     running,
 )
 from .decoding import decode_arguments, decodes_simply
-from .layers import LayerDrops, hook_layers
+from .drops import LayerDrops
+from .layers import hook_layers
 from .methods import Encode, Generate
 from .plan import grow_output, growths
 from .reading import labels_of, read, states_after
