@@ -85,6 +85,15 @@ class LayerDrops:
         """The same, also before the first drop."""
         return self.step.plan if self.plan is None else self.plan
 
+    @property
+    def later(self) -> dict[int, tuple[Plan, KeyMap]]:
+        """What is left from the layer of each number on, and its keys; also where the cache alone differs."""
+        starts, found, left = sorted({*self.plans, *self.earlier} - {0}), {}, self.step.plan
+        for start in starts:
+            left = self.plans.get(start, left)
+            found[start] = (left, self.keys(start, left))
+        return found
+
     def rank(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Rank the visual tokens by the attention of those that ask, in the attention module of a layer."""
         here, groups, before = self.left, self.choice.groups, self.before(layer)

@@ -332,7 +332,7 @@ def _restore(module: nn.Module, kwargs: dict[str, Any], cache: Any, output: Any)
         return None
     if cache is None and made is not None:
         upstream.check_new_cache(made, kwargs, module.config, step.kept)
-    later = None if layers is None else {n: (plan, layers.keys(n, plan)) for n, plan in layers.plans.items()}
+    later = None if layers is None else layers.later
     total = step.call.past_logical + step.plan.length
     grown = grow_output(output, step.plan, growths(step.plan, step.keys, total, later or {}), later is not None)
     if context.router_mask is not None:

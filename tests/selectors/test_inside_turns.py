@@ -8,6 +8,7 @@ from tiny import IMAGE, IMAGE_ID, make_inputs
 from transformers import StaticCache
 from versions import CACHE
 
+from grip_hf import apply_grip
 from grip_hf.errors import GripError
 
 # Two turns of a row: the second begins with what was answered, and brings another picture.
@@ -90,6 +91,34 @@ def test_a_picture_in_a_later_turn(name, family, attention, no_grad):
     gone = {first: torch.nn.functional.pad(one, (0, 1)) for first, one in gone.items()}
     right = masked_run(plain, whole, gone, torch.cat([positions, place], -1)).logits[:, -1]
     assert_close(family, found, right)
+
+
+def test_another_patch_between_the_turns(no_grad, monkeypatch):
+    """The first turn's tokens are gone from a later layer on than those of the second one."""
+    inputs, calls, positions = turns_of("llava")
+    plain, model, gone, cache, total = build_deep("llava", "eager"), None, None, None, 0
+    for (call, first), rule in zip(calls, (({"layers": 4}, (3, 4)), ({"layers": 2}, (1, 2))), strict=True):
+        monkeypatch.setitem(METHODS, "fastv", (rule[0], {DEPTH: [rule[1]]}))
+        if model is None:
+            model = patched("llava", "fastv")
+        apply_grip(model, selector="fastv", selector_kwargs=rule[0], num_tokens=BUDGET)
+        out = model(**call, use_cache=True, **({} if cache is None else {CACHE: cache}))
+        cache, last = out[CACHE], first + call["input_ids"].shape[1] - 1
+        places = [(first + (ids == IMAGE_ID).nonzero().flatten()).tolist() for ids in call["input_ids"]]
+        gone = dropped(plain, inputs, "fastv", list(enumerate(places)), [[last]] * len(places), gone)
+        total += sum(len(one) - BUDGET for one in places)
+    assert sorted(gone) == [2, 4] and int((gone[2] | gone[4]).sum()) == total
+    there = (inputs["attention_mask"].bool() & ~gone[2] & ~gone[4])[:, calls[1][1] :]
+    expected = masked_run(plain, inputs, gone, positions).logits[:, calls[1][1] :]
+    assert_close("llava", out.logits[there], expected[there])
+    word = torch.full((len(there), 1), 33)
+    more = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    place = positions.amax(-1, keepdim=True) + 1
+    found = model(input_ids=word, attention_mask=more, position_ids=place, **{CACHE: cache}).logits[:, -1]
+    whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], word], 1), "attention_mask": more}
+    gone = {first: torch.nn.functional.pad(one, (0, 1)) for first, one in gone.items()}
+    right = masked_run(plain, whole, gone, torch.cat([positions, place], -1)).logits[:, -1]
+    assert_close("llava", found, right)
 
 
 def test_caches_whose_keys_have_no_plain_order_are_refused(no_grad):
