@@ -3,44 +3,69 @@
 import pytest
 import torch
 from layered import BUDGET, DEPTH, METHODS, assert_close, build_deep, dropped, masked_run, patched
-from reference import original_positions
-from tiny import IMAGE, IMAGE_ID, make_inputs
+from matrix import every_family, limits
+from reference import lengthen_types, original_positions
+from tiny import IMAGE, IMAGE_ID, TINY, join_pictures, make_inputs
 from transformers import StaticCache
 from versions import CACHE
 
 from grip_hf import apply_grip
+from grip_hf.engine.upstream import sliding_window
 from grip_hf.errors import GripError
 
-# Two turns of a row: the second begins with what was answered, and brings another picture.
-TURNS = {"llava": [[3, IMAGE, 4, 5, IMAGE, 6], [2, IMAGE, 9, 1, IMAGE, 3]], "qwen2_vl": [[3, IMAGE, 4, 5, IMAGE, 6]]}
-TURNS["qwen2_5_vl"] = TURNS["qwen3_vl"] = TURNS["qwen2_vl"]
+# Two turns of each row: the second begins with what was answered, and brings another picture.
+ROWS = [[3, IMAGE, 4, 5, IMAGE, 6], [2, IMAGE, 9, 1, IMAGE, 3]]
+# Families whose later calls on a cache are not those of the whole, without a patch either, or that drop nothing.
+WITHOUT = {*limits("later turns"), *limits("drops between layers")}
+# Whose pictures see those of later turns in one prompt, so that the whole is no reference for the turns.
+SEE_AHEAD = {"molmo2"}
+
+
+def two_rows():
+    """LLaVA: both turns of two rows of unequal lengths, from one padded batch."""
+    inputs = make_inputs("llava", ROWS)
+    visual = inputs["input_ids"] == IMAGE_ID
+    start = int(visual[0].nonzero()[int(visual[0].sum()) // 2 - 1]) + 4  # some words after the first picture
+    assert not visual[:, start - 1 : start + 1].any()
+    pictures = inputs["pixel_values"].unflatten(0, (-1, 2))
+    return inputs, [({"pixel_values": pictures[:, turn]}, first) for turn, first in ((0, 0), (1, start))]
+
+
+def one_row(family):
+    """Any family: the second turn's inputs behind those of the first one."""
+    parts = [make_inputs(family, [prompt], seed=seed) for seed, prompt in enumerate([[3, IMAGE, 4], [5, IMAGE, 6]])]
+    text = ["input_ids", "attention_mask", *(name for name in parts[0] if "type_ids" in name)]
+    inputs = {name: torch.cat([one[name] for one in parts], 1) for name in text}
+    pictures = [{name: one[name] for name in one if name not in text} for one in parts]
+    if TINY[family].stacked:
+        inputs["pixel_values"] = torch.cat([one["pixel_values"] for one in pictures], 1)
+    else:
+        inputs.update(join_pictures(family, pictures))
+    return inputs, list(zip(pictures, (0, parts[0]["input_ids"].shape[1]), strict=True))
 
 
 def turns_of(family):
-    """The whole conversation, and the calls that make it up: what each brings, and where it begins."""
-    inputs = make_inputs(family, TURNS[family])
-    visual = inputs["input_ids"] == IMAGE_ID
-    length = visual.shape[1]
-    start = int(visual[0].nonzero()[int(visual[0].sum()) // 2 - 1]) + 4  # some words after the first picture
-    assert not visual[:, start - 1 : start + 1].any()
-    if "image_grid_thw" in inputs:
-        sizes = inputs["image_grid_thw"].prod(1).tolist()
-        pixels = [{"pixel_values": one} for one in inputs["pixel_values"].split(sizes)]
-        pixels = [
-            {**one, "image_grid_thw": grid[None]} for one, grid in zip(pixels, inputs["image_grid_thw"], strict=True)
-        ]
-    else:
-        pictures = inputs["pixel_values"].unflatten(0, (-1, 2))
-        pixels = [{"pixel_values": pictures[:, turn]} for turn in (0, 1)]
-    positions = original_positions(build_deep(family), inputs)
-    calls = []
-    for turn, (first, last) in enumerate(((0, start), (start, length))):
-        call = {"input_ids": inputs["input_ids"][:, first:last], "attention_mask": inputs["attention_mask"][:, :last]}
-        for name in ("mm_token_type_ids",):
-            if name in inputs:
-                call[name] = inputs[name][:, first:last]
-        calls.append(({**call, **pixels[turn], "position_ids": positions[..., first:last]}, first))
+    """The whole conversation, the calls that make it up with where each begins, and the positions of all."""
+    inputs, given = two_rows() if family == "llava" else one_row(family)
+    positions, calls = original_positions(build_deep(family), inputs), []
+    ends = [first for _, first in given[1:]] + [inputs["input_ids"].shape[1]]
+    for (pictures, first), last in zip(given, ends, strict=True):
+        call = {
+            name: value[:, first:last] for name, value in inputs.items() if "type_ids" in name or name == "input_ids"
+        }
+        call |= {"attention_mask": inputs["attention_mask"][:, :last], "position_ids": positions[..., first:last]}
+        calls.append(({**call, **pictures}, first))
     return inputs, calls, positions
+
+
+def unpatched_turns(family, inputs, calls, positions):
+    """Fails unless the unpatched model says the same in turns as of the whole."""
+    model, cache, logits = build_deep(family), None, []
+    for call, _ in calls:
+        out = model(**call, use_cache=True, **({} if cache is None else {CACHE: cache}))
+        cache = out[CACHE]
+        logits.append(out.logits)
+    assert_close(family, torch.cat(logits, 1), model(**inputs, position_ids=positions, use_cache=False).logits)
 
 
 def watch(selector, seen):
@@ -55,13 +80,21 @@ def watch(selector, seen):
     selector.asking = asking
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", sorted(TURNS))
-@pytest.mark.parametrize("name", sorted(METHODS))
+@every_family(fast=("llava", "qwen3_vl"), without=WITHOUT)
+@pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in sorted(METHODS)), ("fastv", "eager")])
 def test_a_picture_in_a_later_turn(name, family, attention, no_grad):
     inputs, calls, positions = turns_of(family)
+    if family in SEE_AHEAD:
+        with pytest.raises(AssertionError):
+            unpatched_turns(family, inputs, calls, positions)
+        return
     model, seen, cache, logits = patched(family, name, attention), [], None, []
     watch(model.grip.selector, seen)
+    if sliding_window(model.config.get_text_config()) is not None:
+        cache = model(**calls[0][0], use_cache=True)[CACHE]
+        with pytest.raises(GripError, match="sliding windows"):
+            model(**calls[1][0], **{CACHE: cache})
+        return
     for call, _ in calls:
         out = model(**call, use_cache=True, **({} if cache is None else {CACHE: cache}))
         cache = out[CACHE]
@@ -86,8 +119,7 @@ def test_a_picture_in_a_later_turn(name, family, attention, no_grad):
     call = {"input_ids": word, "attention_mask": more, "position_ids": place, CACHE: cache}
     found = model(**call).logits[:, -1]
     whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], word], 1), "attention_mask": more}
-    if "mm_token_type_ids" in whole:
-        whole["mm_token_type_ids"] = torch.nn.functional.pad(whole["mm_token_type_ids"], (0, 1))
+    lengthen_types(family, whole, 1)
     gone = {first: torch.nn.functional.pad(one, (0, 1)) for first, one in gone.items()}
     right = masked_run(plain, whole, gone, torch.cat([positions, place], -1)).logits[:, -1]
     assert_close(family, found, right)
