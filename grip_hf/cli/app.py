@@ -8,7 +8,9 @@ import typer
 
 from grip_hf.cli import options
 from grip_hf.cli.bench import bench
+from grip_hf.cli.calibrate import calibrate
 from grip_hf.cli.compare import compare
+from grip_hf.cli.curve import curve
 from grip_hf.cli.doctor import doctor
 from grip_hf.cli.eval import eval_command
 from grip_hf.cli.pareto import pareto
@@ -51,7 +53,9 @@ def main(
 
 
 app.command("bench")(bench)
+app.command("calibrate")(calibrate)
 app.command("compare")(compare)
+app.command("curve")(curve)
 app.command("doctor")(doctor)
 app.command("eval")(eval_command)
 app.command("pareto")(pareto)

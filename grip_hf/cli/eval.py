@@ -41,6 +41,8 @@ def eval_command(
     device_map: options.DeviceMap = None,
     attn_implementation: options.Attention = None,
     on_bad_row: options.OnBadRow = "stop",
+    streaming: options.Streaming = False,
+    pictures: options.Pictures = None,
     force: options.Force = False,
     tower_keep_ratio: options.TowerRatio = None,
     tower_selector: options.TowerSelector = None,
@@ -81,7 +83,7 @@ def eval_command(
             rows: Any = pocket_examples(examples, seed, testbed)
         else:
             wanted = (*TEST_SPLITS, *TRAIN_SPLITS)
-            screened = load_examples(str(dataset), split, examples, seed, on_bad_row, wanted)
+            screened = load_examples(str(dataset), split, examples, seed, on_bad_row, wanted, streaming=streaming)
             rows = screened.examples
             facts |= {"dataset": dataset, "split": split, "columns": str(rows.format), "bad_rows": len(screened.bad)}
         processes = PartialState()
@@ -90,7 +92,7 @@ def eval_command(
         found = evaluate(
             loaded, processor, rows, chosen, asked, batch_size,
             processes=processes, metric=metric, max_new_tokens=max_new_tokens,
-            calibration=calibration,
+            calibration=calibration, share=pictures,
         )  # fmt: skip
         if processes.num_processes > 1:
             processes.destroy_process_group()

@@ -95,6 +95,7 @@ def load_examples(
     on_bad_row: str,
     wanted: Sequence[str],
     cache: Path | None = None,
+    streaming: bool = False,
 ) -> Screened:
     """Questions of a dataset, drawn by seed if there are more than `limit`, each read once; says what was found."""
     from accelerate import PartialState
@@ -102,9 +103,9 @@ def load_examples(
     from ..frozen.screening import screen
     from ..frozen.sources import load_rows
 
-    examples = load_rows(dataset, split, limit, seed, wanted)
     state = PartialState()
     with state.main_process_first():
+        examples = load_rows(dataset, split, limit, seed, wanted, streaming)
         found = screen(examples, on_bad_row, cache, progress=state.is_main_process and console.is_terminal)
     if state.is_main_process:
         say(f"{dataset}: {len(examples)} questions; {examples.format}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -82,6 +83,7 @@ def evaluate(
     metric: str = EXACT,
     max_new_tokens: int = 32,
     calibration: bool = False,
+    share: Path | None = None,
 ) -> Evaluation:
     """Score of every selector at every budget, and of the unpruned model, on what the patched model itself generates.
 
@@ -99,6 +101,7 @@ def evaluate(
         metric: When an answer is right; see `Prompts`.
         max_new_tokens: Longest text that is written; see `Prompts`.
         calibration: Whether to tell the expected calibration error, for which the logits of answers are kept.
+        share: A folder in which processes share encoded pictures; None shares none.
 
     Raises:
         ConfigError: A budget or the metric is not allowed, or there are no budgets or examples.
@@ -115,7 +118,9 @@ def evaluate(
         one.check(model)
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     starts = range(rank * batch_size, len(examples), world * batch_size)
-    vlm = FrozenVLM(model, processor, cache_bytes=1 << 28, tap=tap_all(every))
+    if share is not None:  # pictures with these rows per token beside them
+        share = share / (".".join(sorted({need for one in every for need in _needs(one)})) or "plain")
+    vlm = FrozenVLM(model, processor, cache_bytes=1 << 28, tap=tap_all(every), share=share)
     batches: list[tuple[list[Mark], list[Asked]]] = []
     try:
         for start in tqdm(starts, desc="evaluating", disable=None if progress and rank == 0 else True):
@@ -135,6 +140,10 @@ def evaluate(
     depth = _depth(model)
     table_rows = with_columns(_table(marks), marks, _drops(methods, depth), depth)
     return Evaluation(table_rows, marks, _name(metric, questions), [(one, right) for one, right, _ in questions])
+
+
+def _needs(method: Method) -> tuple[str, ...]:
+    return tuple(getattr(method.selector, "needs", ())) if isinstance(method, Pruned) else ()
 
 
 def _asked(prompts: Prompts) -> list[Asked]:
