@@ -31,7 +31,7 @@ from grip_hf.viz import draw_kept, draw_scores
 
 SELECTORS = ("similarity", "diversity", "random", "grid")  # none of these needs hooks of its own: they share one patch
 CALL = ContextVar("call")  # what one user chose and what came of it; the budget belongs to the call in the same way
-SAMPLES = ("object", "reading", "relation", "colour", "where", "count")  # a scene and a question of each family
+SAMPLES = ("object", "reading", "relation", "colour", "where", "count")  # a scene and a question of each kind
 CSS = """
 #answers .cards {display: grid; grid-template-columns: 1fr 1fr; gap: 12px}
 #answers .card {border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 14px 18px}
@@ -141,7 +141,7 @@ def card(title, tokens, total, said, ms, kib, kind="full"):
 def sample(number):
     """A held-out scene, and a question about it that is not the same kind as the others'."""
     scene = make_scene(number)
-    asked = next((one for one in scene.questions if one.family == SAMPLES[number]), scene.questions[0])
+    asked = next((one for one in scene.questions if one.kind == SAMPLES[number]), scene.questions[0])
     return scene.image, asked.text
 
 

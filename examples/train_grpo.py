@@ -18,7 +18,7 @@ from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from grip_hf import training
 from grip_hf.frozen.screening import screen
-from grip_hf.pocket.examples import PocketExamples, load_pocket
+from grip_hf.pocket.examples import PocketExamples, load_pocket_model
 
 
 @dataclass
@@ -36,7 +36,7 @@ class GripArguments(ScriptArguments):
 
 def main(script: GripArguments, args: GRPOConfig, model: ModelConfig) -> None:
     if script.pocket:
-        pocket, processor = load_pocket(model.model_name_or_path)
+        pocket, processor = load_pocket_model(model.model_name_or_path)
         vlm, examples = (
             training.FrozenVLM(pocket.to(args.device), processor),
             PocketExamples(script.examples, args.seed),

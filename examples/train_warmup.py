@@ -9,7 +9,7 @@ from pathlib import Path
 
 from grip_hf.cli.options import words
 from grip_hf.frozen.screening import screen
-from grip_hf.pocket.examples import PocketExamples, load_pocket
+from grip_hf.pocket.examples import PocketExamples, load_pocket_model
 from grip_hf.training import FrozenVLM, SampleStore, TrainingPlan, load_model, load_rows, train_scorer
 
 
@@ -34,7 +34,7 @@ def main():
         parser.error("--model and --dataset go together")
 
     if args.model is None:
-        model, processor = load_pocket()
+        model, processor = load_pocket_model()
         model, rows = model.to(args.device), PocketExamples(args.examples)
     else:
         model, processor = load_model(args.model, args.quantize, args.device_map, device=args.device)

@@ -67,11 +67,19 @@ def check_num_tokens(value: object) -> int:
     return int(value)
 
 
-def check_one_budget(keep_ratio: object, num_tokens: object) -> None:
-    """Raise `ConfigError` unless exactly one of the two budgets is given."""
-    if (keep_ratio is None) == (num_tokens is None):
+def check_quality(value: object) -> float:
+    """Return `value` as a float in (0, 1), both ends excluded, or raise `ConfigError`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
+        raise ConfigError(f"quality must be a number in (0, 1), such as 0.99, got {value!r}")
+    return float(value)
+
+
+def check_one_budget(keep_ratio: object, num_tokens: object, quality: object = None) -> None:
+    """Raise `ConfigError` unless exactly one of the budgets is given."""
+    if sum(one is not None for one in (keep_ratio, num_tokens, quality)) != 1:
         raise ConfigError(
-            f"give exactly one of keep_ratio and num_tokens, got keep_ratio={keep_ratio!r}, num_tokens={num_tokens!r}"
+            f"give exactly one of keep_ratio and num_tokens (or quality), got keep_ratio={keep_ratio!r}, "
+            f"num_tokens={num_tokens!r}, quality={quality!r}"
         )
 
 
@@ -108,6 +116,8 @@ class GripConfig:
             scorer's own tower scorer where there is one, else a method that needs no training.
         seed: Seed for selectors that draw at random.
         version: Version of this format.
+        quality: In place of a ratio or a number: the share of answers of `generate` that are to be as with all tokens,
+            in (0, 1), at as few tokens as a calibration of `grip-hf calibrate` found to be enough.
 
     Raises:
         ConfigError: A value is not allowed; the message names the setting, the value and what is allowed.
@@ -124,9 +134,12 @@ class GripConfig:
     tower_selector: str | None = None
     seed: int = 0
     version: str = CONFIG_VERSION
+    quality: float | None = None
 
     def __post_init__(self) -> None:
-        check_one_budget(self.keep_ratio, self.num_tokens)
+        check_one_budget(self.keep_ratio, self.num_tokens, self.quality)
+        if self.quality is not None:
+            object.__setattr__(self, "quality", check_quality(self.quality))
         if self.keep_ratio is not None:
             object.__setattr__(self, "keep_ratio", check_keep_ratio(self.keep_ratio))
         if self.num_tokens is not None:
@@ -159,15 +172,21 @@ class GripConfig:
         return hash(tuple({**values, "selector_kwargs": frozenset(self.selector_kwargs)}.values()))
 
     def num_kept(self, total: int) -> int:
-        """Number of tokens kept of `total` real ones (0 when there are none)."""
+        """Number of tokens kept of `total` real ones (0 when there are none).
+
+        Raises:
+            ConfigError: The budget is a quality: how many stay differs from answer to answer.
+        """
+        if self.quality is not None:
+            raise ConfigError(f"quality={self.quality} keeps no fixed number of tokens")
         return count_kept(total, self.keep_ratio, self.num_tokens)
 
     def replace(self, **overrides: Any) -> GripConfig:
         """Return a copy with some settings changed; giving one kind of budget drops the other."""
         self.check_names(overrides)
-        for name, other in (("keep_ratio", "num_tokens"), ("num_tokens", "keep_ratio")):
-            if overrides.get(name) is not None and other not in overrides:
-                overrides = {**overrides, other: None}
+        budgets = ("keep_ratio", "num_tokens", "quality")
+        if any(overrides.get(name) is not None for name in budgets):
+            overrides = {**dict.fromkeys(budgets), **overrides}
         return dataclasses.replace(self, **overrides)
 
     @classmethod
@@ -180,7 +199,10 @@ class GripConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dict, and which release of the library wrote it."""
-        return {**dataclasses.asdict(self), LIBRARY: __version__}
+        settings = dataclasses.asdict(self)
+        if self.quality is None:
+            del settings["quality"]  # releases that do not know it would warn
+        return {**settings, LIBRARY: __version__}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GripConfig:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
@@ -19,12 +20,15 @@ from .engine.context import Budget, last_of, override, told
 from .engine.hooks import Boundary, patch_of
 from .engine.layers import check_layers
 from .engine.upstream import check_language_model, is_untested
-from .errors import CacheError, ScorerError, UnsupportedModelError
+from .errors import CacheError, ConfigError, ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
 from .hub.adapter_part import AdapterPart, part_of, warn_if_it_differs
 from .hub.adapters import AdapterFiles
 from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
 from .hub.resolve import describe_base, resolve
+from .quality.again import KEPT, LookAgain
+from .quality.identity import identity
+from .quality.promise import COMMAND, Calibration, Promise, check_made_for, find
 from .tower.part import TowerPart
 
 if TYPE_CHECKING:
@@ -43,19 +47,33 @@ class GripHandle:
         selector: scores visual tokens.
         scorer: the learned scorer behind the selector, or None.
         note: what `apply_grip` decided because nothing was said, or "".
+        calibration: what is promised of its answers (see `grip_hf.quality`), or None.
     """
 
     note = ""
 
-    def __init__(self, parts: Parts, config: GripConfig, selector: Score, scorer: nn.Module | None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        config: GripConfig,
+        selector: Score,
+        scorer: nn.Module | None,
+        calibration: Calibration | None = None,
+    ) -> None:
         self.config = config
         self.selector = selector
         self.scorer = scorer
+        self.calibration = calibration
         self._parts = parts
-        compact = config.position_ids == "compact"
-        usual = Budget(config.keep_ratio, config.num_tokens, tower_keep_ratio=config.tower_keep_ratio)
-        self._boundary = Boundary(parts, selector, config.scope == "image", compact, usual, key=self)
+        compact, promised = config.position_ids == "compact", calibration is not None
+        usual = Budget(
+            config.keep_ratio, config.num_tokens, tower_keep_ratio=config.tower_keep_ratio, quality=config.quality
+        )
+        self._boundary = Boundary(
+            parts, selector, config.scope == "image", compact, usual, key=self, encodes_once=promised
+        )
         self._savers = (SaveWithGrip(self), AdapterFiles(self))
+        self._looks = (LookAgain(self),) if promised and hasattr(type(parts.owner), "generate") else ()
         self.adapters: dict[str, AdapterPart] = {}
         self.tower = TowerPart(self._boundary, config)
 
@@ -63,11 +81,36 @@ class GripHandle:
         note = f", {self.note}" if self.note else ""
         return f"GripHandle({type(self._parts.owner).__name__}, {self.config}{note})"
 
+    def promise(self, quality: float, rule: str | None = None) -> Promise:
+        """The ladder of budgets by which `generate` keeps a promise.
+
+        Args:
+            quality: The share of answers that are to be as with all visual tokens, in (0, 1).
+            rule: What an answer is judged by: "answer", all of it (the default); "first", its first token, for
+                streams.
+
+        Raises:
+            ConfigError: There is no calibration, or it is that of something else, or does not promise so much.
+        """
+        if self.calibration is None:
+            raise ConfigError(
+                f"quality={quality} needs a calibration, and none came with what chooses the tokens: run `{COMMAND} "
+                f"--quality {quality}` with --output FOLDER, then apply_grip(model, scorer=FOLDER, quality={quality})"
+            )
+        check_made_for(self.calibration, self._identity)
+        return self.calibration.promise(quality, rule)
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.owner, describe_base(self.owner), self.config, self.scorer)
+
     def budget(
         self,
         keep_ratio: float | Sequence[float] | None = None,
         num_tokens: int | Sequence[int] | None = None,
         tower_keep_ratio: float | str | None = None,
+        quality: float | None = None,
+        rule: str | None = None,
     ) -> AbstractContextManager[None]:
         """Use another budget within a `with` block, in this thread only.
 
@@ -79,12 +122,19 @@ class GripHandle:
             num_tokens: number of visual tokens to keep, >= 1, or one per sample.
             tower_keep_ratio: share of the vision tower's rows that stay, in (0, 1], or "auto"; None as it was. More
                 stay where the other budget needs more. Given alone, the other budget is as it was.
+            quality: in place of the first two, for `generate`: the share of answers that are to be as with all visual
+                tokens.
+            rule: with a quality, what an answer is judged by; see `promise`.
 
         Raises:
-            ConfigError: Not exactly one of the first two is given and not the third alone, or it is not allowed.
+            ConfigError: Not exactly one of the first two and `quality` is given and not the third alone, or it is not
+                allowed, or not promised.
             UnsupportedModelError: No rows can be dropped in this vision tower.
         """
-        return override(self, self.tower.budget(keep_ratio, num_tokens, tower_keep_ratio))
+        asked = self.tower.budget(keep_ratio, num_tokens, tower_keep_ratio, quality, rule)
+        if asked.quality is not None:
+            self.promise(asked.quality, asked.rule)
+        return override(self, asked)
 
     def prompt(self, prompt: Tensor | Sequence[int]) -> AbstractContextManager[None]:
         """Say which tokens are the prompt within a `with` block, in this thread only: what is kept hangs on it alone.
@@ -163,7 +213,7 @@ class GripHandle:
         return push(self, repo_id, **options)
 
     def save_part(self, folder: str | os.PathLike[str]) -> bool:
-        """Write the settings and the scorer, without a card; False, with a warning, if they cannot be saved."""
+        """Write settings, scorer and calibration, without a card; False, with a warning, if they cannot be saved."""
         if not self.can_be_saved:
             warnings.warn("a selector that is a callable is not saved with the model", UserWarning, stacklevel=2)
             return False
@@ -175,6 +225,8 @@ class GripHandle:
             scorer.save_pretrained(folder)
         self.tower.save(folder)
         self.config.to_json(os.path.join(folder, CONFIG_FILE))
+        if self.calibration is not None:
+            self.calibration.save(folder)
         return True
 
     @property
@@ -185,9 +237,9 @@ class GripHandle:
 
     def remove(self) -> None:
         """Remove the patch; the model is exactly as before. Doing so twice is harmless."""
+        for method in (*self._looks, *self._savers):
+            method.remove()
         self._boundary.remove()
-        for saver in self._savers:
-            saver.remove()
         if self._parts.owner.__dict__.get("grip") is self:
             del self._parts.owner.grip
 
@@ -199,10 +251,12 @@ def apply_grip(
     scorer: GripScorer | str | os.PathLike[str] | None = None,
     selector: Score | str | None = None,
     tower_selector: Score | str | None = None,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    force: bool = False,
     **overrides: Any,
 ) -> M:
     """Prune the visual tokens of `model` in place: from now on, each call keeps as many as its budget allows.
@@ -225,10 +279,13 @@ def apply_grip(
         selector: A selector's name, or any callable from `VisualBatch` to scores [G, N]. Overrides the config's.
         tower_selector: The same for the rows of the vision tower, where `tower_keep_ratio` drops some (see
             `grip_hf.tower.selectors`).
+        calibration: What is promised of the answers, or the folder of its `quality.json`; None takes the one beside
+            the scorer, if there is one. It is needed for `quality=...`.
         revision: Branch, tag or commit of the Hub repository to read.
         token: Access token for the Hub; None takes the stored one.
         cache_dir: Another cache for downloads than the usual one.
         local_files_only: Take what is in the cache; do not ask the Hub.
+        force: Take a scorer that was trained for another model of the same kind and width, with a warning.
         **overrides: Settings of `GripConfig` to change, such as `keep_ratio=0.25`.
 
     Returns:
@@ -246,7 +303,7 @@ def apply_grip(
     adapter = part_of(model)
     if isinstance(tower_selector, str):
         overrides["tower_selector"] = tower_selector
-    asked = resolve(parts, config, scorer, selector, overrides, hub, adapter)
+    asked = resolve(parts, config, scorer, selector, overrides, hub, adapter, force)
     settings = asked.config
     if settings.position_ids == "compact" and parts.family.mrope:
         raise UnsupportedModelError(
@@ -254,6 +311,15 @@ def apply_grip(
             "axes; use position_ids='original'"
         )
     chosen = selector if callable(selector) else _named_selector(settings, asked.scorer)
+    promised = find(calibration, asked.folder, settings.quality is not None)
+    if settings.quality is not None:
+        GripHandle(parts, settings, chosen, asked.scorer, promised).promise(settings.quality)
+    if promised is not None and getattr(chosen, "inside", False):
+        if settings.quality is not None:
+            raise UnsupportedModelError(
+                f"quality is not defined for selectors that drop tokens within the language model, got {chosen!r}"
+            )
+        promised = None
     check_language_model(parts.language_model)
     if getattr(chosen, "inside", False):
         check_layers(parts.language_model, chosen)  # type: ignore[arg-type]
@@ -262,7 +328,7 @@ def apply_grip(
 
         vouch(parts.owner.config, prune)
     rows = (tower_selector if callable(tower_selector) else None, asked.tower_scorer)
-    handle = _attach(parts, settings, chosen, asked.scorer, asked.note, rows)
+    handle = _attach(parts, settings, chosen, asked.scorer, asked.note, rows, promised)
     if adapter is not None:
         warn_if_it_differs(adapter, handle)
     return model
@@ -280,9 +346,10 @@ def _attach(
     scorer: nn.Module | None,
     note: str = "",
     rows: tuple[Score | None, nn.Module | None] = (None, None),
+    calibration: Calibration | None = None,
 ) -> GripHandle:
     """Put the patch on the model, in the place of an earlier one; `rows` says what chooses those of the tower."""
-    handle = GripHandle(parts, config, selector, scorer)
+    handle = GripHandle(parts, config, selector, scorer, calibration)
     handle.tower.selector, handle.tower.scorer = rows
     drops = handle.tower.make()
     handle.adapters.update(getattr(vars(parts.owner).get("grip"), "adapters", {}))
@@ -291,8 +358,8 @@ def _attach(
     remove_grip(parts.owner)
     handle._boundary.attach(hooks)
     handle.tower.attach(drops)
-    for saver in handle._savers:
-        saver.attach()
+    for method in (*handle._savers, *handle._looks):
+        method.attach()
     if note:
         handle.note = note
         logger.warning("%s", note)
@@ -320,6 +387,8 @@ def _whole(parts: Parts) -> Parts:
 def kept_tokens(cache_or_output: Any) -> list[Tensor]:
     """See `GripHandle.kept_tokens`."""
     cache = cache_or_output
+    if isinstance(kept := getattr(cache, KEPT, None), list):
+        return list(kept)  # rows that were looked at at several budgets have no cache in common
     if not hasattr(cache, "get_seq_length"):
         cache = returned(cache) if isinstance(cache, Mapping) else None
     state = state_of(cache)

@@ -23,6 +23,7 @@ from readme import (
 from trl import GRPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from grip_hf.cli.app import app
+from grip_hf.cli.train import upstream_options
 from grip_hf.families.table import FAMILIES
 from grip_hf.hub.resolve import LEARNED, TRAINING_FREE
 from grip_hf.selectors import SELECTORS
@@ -30,7 +31,9 @@ from grip_hf.selectors import SELECTORS
 TEXT = everything()
 PAGES = {path.parent.name: path.read_text(encoding="utf-8") for path in READMES}
 OURS = {name: cls for name, cls in SELECTORS.items() if cls.__module__.startswith("grip_hf.")}  # tests register more
-TRAINERS = {"grip_hf.pocket.train": "train", "grip_hf.pocket.report": "report"}  # modules with a typer command
+TRAINERS = {"grip_hf.pocket.train": "train_pocket", "grip_hf.pocket.report": "report"}  # modules with a typer command
+TRAINERS["grip_hf.calibration.head"] = "main"
+APPS = ("grip_hf.calibration.draws",)  # modules with a typer app
 TRL_CONFIGS = (GRPOConfig, ModelConfig, ScriptArguments, SFTConfig)  # what TrlParser takes besides a script's own
 FOREIGN = ("lmms_eval", "vllm")  # other projects' programs: their arguments are theirs to check
 
@@ -41,11 +44,15 @@ def check(words):
     module, arguments = module_and_arguments(words)
     scripts = [word for word in rest if word.endswith(".py")]
     if program == "grip-hf":
-        parse(app, rest)
+        found = parse(app, rest)
+        if found.info_name == "train":  # it leaves further options to TRL's parser
+            upstream_options(found.args, found.params["method"])
     elif module in TRAINERS:
         one = typer.Typer()
         one.command()(getattr(importlib.import_module(module), TRAINERS[module]))
         parse(one, arguments)
+    elif module in APPS:
+        parse(importlib.import_module(module).app, arguments)
     elif program == "pip":
         asked = {name for word in rest for found in re.findall(r"\[(.+)\]", word) for name in found.split(",")}
         assert rest[0] == "install" and asked <= set(metadata("grip-hf").get_all("Provides-Extra"))
@@ -76,6 +83,8 @@ def test_every_command_that_is_spoken_of_is_there():
         "grip-hf bench --modle small",
         "grip-hf prune",
         "grip-hf train --pocket",
+        "grip-hf train --pocket --output runs/a --warmup-stps 3",
+        "grip-hf train --pocket --output runs/a --method relaxed --top-entropy-quantile 0.5",
         "grip-hf demo --scenes none",
         "python -m grip_hf.pocket.report --scene 3",
         "python examples/none.py",

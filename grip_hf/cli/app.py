@@ -8,13 +8,15 @@ import typer
 
 from grip_hf.cli import options
 from grip_hf.cli.bench import bench
+from grip_hf.cli.calibrate import calibrate
 from grip_hf.cli.compare import compare
+from grip_hf.cli.curve import curve
 from grip_hf.cli.doctor import doctor
-from grip_hf.cli.eval import evaluate
+from grip_hf.cli.eval import eval_command
 from grip_hf.cli.pareto import pareto
 from grip_hf.cli.screen import JsonFile, console, failures, in_folder, say, split_list
 from grip_hf.cli.serve import serve
-from grip_hf.cli.train import train
+from grip_hf.cli.train import train_command
 from grip_hf.cli.train_tower import train_tower
 from grip_hf.files import write_json, write_whole
 from grip_hf.tables import Column, Table, pivot
@@ -51,12 +53,14 @@ def main(
 
 
 app.command("bench")(bench)
+app.command("calibrate")(calibrate)
 app.command("compare")(compare)
+app.command("curve")(curve)
 app.command("doctor")(doctor)
-app.command("eval")(evaluate)
+app.command("eval")(eval_command)
 app.command("pareto")(pareto)
 app.command("serve")(serve)
-app.command("train", context_settings=MORE)(train)
+app.command("train", context_settings=MORE)(train_command)
 app.command("train-tower")(train_tower)
 
 

@@ -17,6 +17,10 @@ def _mebibytes(value: float) -> str:
     return f"{value / 2**20:.1f}"
 
 
+def _layers(drops: list[int]) -> str:
+    return ", ".join(map(str, drops))
+
+
 COLUMNS = (
     Column("selector", "selector", left=True),
     Column("kept", "kept"),
@@ -43,6 +47,8 @@ WIDE = (
     Column("prefill / floor", "prefill_over_floor", "{:.3f}"),
     Column("TTFT / floor", "ttft_over_floor", "{:.3f}"),
     Column("FLOPs", "flop_ratio", "{:.1%}"),
+    Column("token-layers", "token_layers", "{:.1%}"),
+    Column("drops at", "drops", _layers),
     Column("hooks us", "hook_us", "{:.0f}"),
     Column("peak MiB", "peak_bytes", _mebibytes),
 )
@@ -56,7 +62,7 @@ def bench(
     picture: Annotated[Path | None, typer.Option(help="With your model: a picture; else noise, 672 x 672.")] = None,
     prompt: Annotated[str, typer.Option(help="With your model: the question.")] = "Describe the picture.",
     selectors: Annotated[
-        str, typer.Option(help="Selectors, downsampling, or label=folder of a scorer, separated by commas.")
+        str, typer.Option(help="Selectors, downsampling, pooled, or label=folder of a scorer, separated by commas.")
     ] = "grip,random,grid,similarity,diversity",
     budgets: options.Budgets = "64,192",
     rounds: Annotated[int, typer.Option(min=1, help="Paired rounds; medians are taken over them.")] = 5,
@@ -67,6 +73,10 @@ def bench(
     quantize: options.Quantize = None,
     device_map: options.DeviceMap = None,
     attn_implementation: options.Attention = None,
+    depth_of: Annotated[
+        int | None,
+        typer.Option(min=1, help="Drop inside the model at the shares of layers used in a model of so many layers."),
+    ] = None,
     seed: options.Seed = 0,
     tower_keep_ratio: options.TowerRatio = None,
     tower_selector: options.TowerSelector = None,
@@ -100,7 +110,7 @@ def bench(
                 dtype = "bfloat16" if place.type == "cuda" else "float32"
             result = run_bench(
                 subject, split_list(selectors), asked, rounds, decode_tokens, batch_size, str(place), dtype,
-                attn_implementation or "sdpa", seed, status.update, tower, cpu_time,
+                attn_implementation or "sdpa", seed, status.update, depth_of, tower, cpu_time,
             )  # fmt: skip
         if json_file is not None:
             write_json(json_file, result)
@@ -108,6 +118,8 @@ def bench(
         console.width = 200
     columns = COLUMNS if tower is None else PARTS
     console.print(as_table(result, WIDE if wide else columns).rich())
+    for name, row in {row["selector"]: row for row in result["rows"] if row["drops"]}.items():
+        say(f"{name} drops tokens at layer {_layers(row['drops'])} of {row['layers']}; all of them pass those before")
     if wide:
         say(
             "floor: the unpatched language model on the kept embeddings; prefill / floor: with all that the patch "

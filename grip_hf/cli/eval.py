@@ -12,7 +12,7 @@ from .loading import ModelChoice, load_examples
 from .screen import JsonFile, budget_list, failures, in_folder, quiet, say, split_list, tower_choice
 
 
-def evaluate(
+def eval_command(
     pocket: options.Pocket = False,
     testbed: options.Testbed = "pocket",
     model: options.Model = None,
@@ -29,6 +29,10 @@ def evaluate(
     examples: Annotated[int, typer.Option(min=1, help="Questions to ask.")] = 2000,
     metric: options.Metric = "exact",
     max_new_tokens: options.NewTokens = 32,
+    calibration: Annotated[
+        bool,
+        typer.Option("--calibration", help="Tell the calibration error too; the logits of answers are kept."),
+    ] = False,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 16,
     device: options.Device = "auto",
@@ -37,6 +41,8 @@ def evaluate(
     device_map: options.DeviceMap = None,
     attn_implementation: options.Attention = None,
     on_bad_row: options.OnBadRow = "stop",
+    streaming: options.Streaming = False,
+    pictures: options.Pictures = None,
     force: options.Force = False,
     tower_keep_ratio: options.TowerRatio = None,
     tower_selector: options.TowerSelector = None,
@@ -59,13 +65,13 @@ def evaluate(
     from accelerate import PartialState
 
     from ..evaluation.facts import versions
-    from ..evaluation.runner import evaluate as run
-    from ..evaluation.tasks import choose, is_scorer, pocket_examples
+    from ..evaluation.runner import evaluate
+    from ..evaluation.tasks import choose_selectors, is_scorer, pocket_examples
     from ..frozen.sources import TEST_SPLITS, TRAIN_SPLITS
 
     with failures():
         loaded, processor = choice.load()
-        chosen, left_out = choose(loaded, selectors and split_list(selectors), seed, pocket, force, testbed)
+        chosen, left_out = choose_selectors(loaded, selectors and split_list(selectors), seed, pocket, force, testbed)
         facts: dict[str, Any] = {}
         scorers = [name for name, one in chosen.items() if is_scorer(one)]
         if (tower := tower_choice(tower_keep_ratio, tower_selector, tower_depth)) is not None:
@@ -77,15 +83,16 @@ def evaluate(
             rows: Any = pocket_examples(examples, seed, testbed)
         else:
             wanted = (*TEST_SPLITS, *TRAIN_SPLITS)
-            screened = load_examples(str(dataset), split, examples, seed, on_bad_row, wanted)
+            screened = load_examples(str(dataset), split, examples, seed, on_bad_row, wanted, streaming=streaming)
             rows = screened.examples
             facts |= {"dataset": dataset, "split": split, "columns": str(rows.format), "bad_rows": len(screened.bad)}
         processes = PartialState()
         if left_out and processes.is_main_process:
             say(f"left out, since they cannot work with this model: {', '.join(left_out)}")
-        found = run(
+        found = evaluate(
             loaded, processor, rows, chosen, asked, batch_size,
             processes=processes, metric=metric, max_new_tokens=max_new_tokens,
+            calibration=calibration, share=pictures,
         )  # fmt: skip
         if processes.num_processes > 1:
             processes.destroy_process_group()

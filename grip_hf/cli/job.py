@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ from .report import show, write_table
 from .screen import say
 
 TABLE = "eval_table.json"
-ROWS, BAD_ROWS = "rows.npz", "bad_rows.json"
+ROWS, BAD_ROWS, PICTURES = "rows.npz", "bad_rows.json", "pictures"
 BUDGETS = (0.5, 0.25, 0.11, 0.05, 0.03)
 TRIAL_STEPS = 4  # the first is not timed
 
@@ -47,6 +48,8 @@ class Job:
         on_bad_row: What a row that cannot be read does.
         metric: Metric of the table.
         held_out: How many questions the table asks; 0 makes none.
+        streaming: Whether rows are read as they come.
+        pictures: Folder for encoded pictures that is kept; None keeps none.
     """
 
     choice: ModelChoice
@@ -55,6 +58,14 @@ class Job:
     on_bad_row: str
     metric: str
     held_out: int
+    streaming: bool = False
+    pictures: Path | None = None
+
+    @property
+    def shared(self) -> Path | None:
+        """The folder in which processes share encoded pictures; a single one shares none unless it is told where."""
+        several = PartialState().num_processes > 1
+        return self.pictures or (self.plan.output / PICTURES if several else None)
 
     def load(self, cache: Path | None) -> tuple[FrozenVLM, Any, Any]:
         """The frozen model, the examples to train on, and those to evaluate on (or None)."""
@@ -66,15 +77,16 @@ class Job:
             limit = self.plan.data["examples"] + held_out
             if cache is not None:
                 make_folder(cache)
+            rows = cache and cache / ROWS
             screened = load_examples(
-                self.choice.dataset, self.split, limit, seed, self.on_bad_row, TRAIN_SPLITS, cache and cache / ROWS
+                self.choice.dataset, self.split, limit, seed, self.on_bad_row, TRAIN_SPLITS, rows, self.streaming
             )
             if cache is not None and screened.bad and PartialState().is_main_process:
                 write_json(cache / BAD_ROWS, screened.bad)
             train, held = screened.examples, None
             if held_out:
                 train, held = hold_out(screened, held_out, seed)
-        return FrozenVLM(*self.choice.load()), train, held
+        return FrozenVLM(*self.choice.load(), share=self.pictures if cache is None else self.shared), train, held
 
     def run(self) -> None:
         """Train, write the table, and make the folder one that `apply_grip` takes."""
@@ -84,7 +96,10 @@ class Job:
         vlm.close()
         if held is not None:
             self.table(vlm, held)
+        PartialState().wait_for_everyone()
         if PartialState().is_main_process:
+            if self.pictures is None:
+                shutil.rmtree(output / PICTURES, ignore_errors=True)
             apply_grip(vlm.model, scorer=output)
             try:
                 write_card(vlm.model.grip, output)  # it tells what the folder knows
@@ -110,7 +125,10 @@ class Job:
         pocket = self.choice.dataset is None
         names = [*specs, "random", "grid", "similarity", *(["oracle"] if pocket else [])]
         selectors = named_selectors(names, self.plan.seed, pocket, self.choice.testbed)
-        found = evaluate(vlm.model, vlm.processor, held, selectors, BUDGETS, 16, processes=state, metric=self.metric)
+        found = evaluate(
+            vlm.model, vlm.processor, held, selectors, BUDGETS, 16,
+            processes=state, metric=self.metric, share=self.shared,
+        )  # fmt: skip
         if state.is_main_process:
             show(found)
             write_table(path, found, meta)

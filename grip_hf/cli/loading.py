@@ -58,11 +58,11 @@ class ModelChoice:
     def load(self) -> tuple[Any, Any]:
         """The model, on its device, and its processor."""
         from ..frozen.sources import load_model
-        from ..pocket.examples import load_pocket
+        from ..pocket.examples import load_pocket_model
 
         device = find_device(self.device)
         if self.model is None:
-            model, processor = load_pocket(self.pocket_model, self.testbed)
+            model, processor = load_pocket_model(self.pocket_model, self.testbed)
             return model.to(device), processor
         return load_model(self.model, self.quantize, self.device_map, self.dtype, self.attention, device)
 
@@ -95,6 +95,7 @@ def load_examples(
     on_bad_row: str,
     wanted: Sequence[str],
     cache: Path | None = None,
+    streaming: bool = False,
 ) -> Screened:
     """Questions of a dataset, drawn by seed if there are more than `limit`, each read once; says what was found."""
     from accelerate import PartialState
@@ -102,9 +103,9 @@ def load_examples(
     from ..frozen.screening import screen
     from ..frozen.sources import load_rows
 
-    examples = load_rows(dataset, split, limit, seed, wanted)
     state = PartialState()
     with state.main_process_first():
+        examples = load_rows(dataset, split, limit, seed, wanted, streaming)
         found = screen(examples, on_bad_row, cache, progress=state.is_main_process and console.is_terminal)
     if state.is_main_process:
         say(f"{dataset}: {len(examples)} questions; {examples.format}")

@@ -44,6 +44,17 @@ PocketModel = Annotated[Path | None, typer.Option(help="Folder of another pocket
 Model = Annotated[str | None, typer.Option(help="Or: id or folder of a model.")]
 Dataset = Annotated[str | None, typer.Option(help="With --model: id, folder or file of a dataset.")]
 Split = Annotated[str | None, typer.Option(help="Split of the dataset; without it, the one that fits best.")]
+Streaming = Annotated[
+    bool,
+    typer.Option("--streaming", help="Read rows as they come, as many as are asked for, and not the whole dataset."),
+]
+Pictures = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for encoded pictures, which processes and later runs share. Without it, several processes of a "
+        "training share one for as long as it takes."
+    ),
+]
 OnBadRow = Annotated[str, typer.Option(help="What a row that cannot be read does: stop, or skip.")]
 Budgets = Annotated[str, typer.Option(help="Keep ratios or numbers of visual tokens, separated by commas.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions at once.")]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..evaluation.answers import AGREEMENT
 from ..evaluation.budgets import label
+from ..evaluation.columns import HARD
 from ..evaluation.metrics import MEAN, UNPRUNED
 from ..evaluation.runner import Evaluation
 from ..files import write_json, write_whole
@@ -25,6 +26,20 @@ def show(found: Evaluation) -> None:
     say(f"{found.metric}; all visual tokens, in %: {', '.join(full)}")
     title = f"{found.metric} in %, mean over tasks; below it, its two-sided 95 % interval"
     console.print(pivot(means, label, _cell, title=title).rich())
+    hard = [row for row in found.rows if row["task"] == HARD and row["selector"] != UNPRUNED]
+    if hard:
+        title = f"the same on {HARD}: right with all tokens, wrong with a smaller picture of that budget; their number"
+        console.print(pivot(hard, label, _hard, title=title).rich())
+    costs: list[Any] = [row for row in means if "compute" in row]
+    if len({(row["budget"], row["compute"]) for row in costs}) > len({row["budget"] for row in costs}):
+        title = "token-layers of the language model's prefill, in % of unpruned"
+        named: list[dict[str, Any]] = [{**row, "selector": _named(row)} for row in costs]
+        console.print(pivot(named, label, _share, title=title).rich())
+    errors: list[Any] = [row for row in means if "ece" in row]
+    if errors:
+        whole = next(row["ece"] for row in found.rows if row["selector"] == UNPRUNED and "ece" in row)
+        title = f"expected calibration error, in %; all visual tokens: {100 * whole:.1f}"
+        console.print(pivot(errors, label, lambda row: f"{100 * row['ece']:.1f}", title=title).rich())
     if not agreement and found.unpruned < NEAR_ZERO:
         say(
             f"Warning: with all visual tokens the model scores {100 * found.unpruned:.1f} %: what pruning costs "
@@ -35,6 +50,21 @@ def show(found: Evaluation) -> None:
 def _cell(row: Any) -> str:
     low, high = row["ci95"]
     return f"{100 * row['accuracy']:.1f}\n{100 * low:.1f}–{100 * high:.1f}"
+
+
+def _hard(row: Any) -> str:
+    return f"{_cell(row)}\nof {row['n']}"
+
+
+def _share(row: Any) -> str:
+    return f"{100 * row['compute']:.1f}"
+
+
+def _named(row: Any) -> str:
+    """A selector with the layers from which it lacks tokens, if it drops inside the language model."""
+    if "drops" not in row:
+        return str(row["selector"])
+    return f"{row['selector']} (drops at {', '.join(map(str, row['drops']))} of {row['layers']} layers)"
 
 
 def write_table(path: Path, found: Evaluation, meta: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from .screen import failures, numbers, quiet, split_list
 TAKEN = ("output_dir", "max_steps", "seed", "save_steps", "save_total_limit", "report_to", "use_cpu")
 
 
-def train(
+def train_command(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder of the run; going on with an unfinished one is automatic.")],
     pocket: options.Pocket = False,
@@ -49,6 +49,8 @@ def train(
     layers: Annotated[int, typer.Option(min=1, help="Layers of the scorer.")] = 1,
     examples: Annotated[int, typer.Option(min=1, help="Questions to train on (of a dataset: at most).")] = 30_000,
     on_bad_row: options.OnBadRow = "stop",
+    streaming: options.Streaming = False,
+    pictures: options.Pictures = None,
     seed: options.Seed = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
     keep_ratio: Annotated[float, typer.Option(help="Budget that the scorer is saved with.")] = 0.25,
@@ -100,6 +102,7 @@ def train(
         from .job import Job, estimate
 
         rows = {"dataset": dataset, "split": split, "held_out": eval_examples} if dataset else {}
+        rows |= {"streaming": True} if streaming else {}
         check_metric(metric)
         plan = TrainingPlan(
             output=output,
@@ -124,7 +127,7 @@ def train(
         plan.stages()  # upstream refuses what it does not like before anything is loaded
         if not dry_run:
             check_folder(output)
-        job = Job(choice, plan, split, on_bad_row, metric, eval_examples)
+        job = Job(choice, plan, split, on_bad_row, metric, eval_examples, streaming, pictures)
         if dry_run:
             estimate(job)
             return

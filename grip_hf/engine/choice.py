@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import GripError
+from ..errors import ConfigError, GripError
 from ..families.layouts import View
 from . import upstream
+from .budget import Budget
 from .call import Call, LastCall, Step
-from .context import Budget, CallContext
+from .context import CallContext
 from .keepsets import Groups, VisualBatch, group_tokens, spread_taps, topk_mask
 from .masks import KeyMap
 from .plan import identity_plan, make_plan
@@ -114,8 +116,42 @@ def _counts(budget: Budget, groups: Groups, call: Call) -> Tensor | None:
         return torch.equal(rows, call.embeds)
 
     totals = groups.mask.sum(1)
-    counts = budget.counts(totals, groups.row, len(call.visual), repeated)
+    counts = counts_of(budget, totals, groups.row, len(call.visual), repeated)
     return None if torch.equal(counts, totals) else counts
+
+
+def counts_of(budget: Budget, totals: Tensor, rows: Tensor, batch: int, repeated: Callable[[int], bool]) -> Tensor:
+    """[G] long: tokens to keep per group, each as `config.count_kept` counts them.
+
+    Args:
+        budget: The budget.
+        totals: [G] long, visual tokens of each group, at least 1.
+        rows: [G] long, the row of each group in the batch.
+        batch: Number of rows.
+        repeated: Whether each sample of the batch stands so many times in a row, as `generate` repeats them for
+            beams; these keep the per-sample budgets of the original samples.
+
+    Raises:
+        ConfigError: Budgets per sample are not as many as the samples.
+    """
+    if budget.everything:
+        return totals
+    if budget.num_tokens is not None:
+        numbers = torch.tensor(_per_row(budget.num_tokens, "num_tokens", batch, repeated))
+        return numbers.to(rows.device)[rows].minimum(totals)
+    # On the CPU, in double precision, which some devices lack.
+    ratios = torch.tensor(_per_row(budget.keep_ratio, "keep_ratio", batch, repeated), dtype=torch.float64)
+    counts = (ratios[rows.cpu()] * totals.cpu() + 0.5).floor().long().clamp(min=1)
+    return counts.to(totals.device).minimum(totals)
+
+
+def _per_row(value: Any, name: str, batch: int, repeated: Callable[[int], bool]) -> list[Any]:
+    if not isinstance(value, tuple):
+        return [value] * batch
+    repeats = batch // len(value)
+    if batch % len(value) or (repeats > 1 and not repeated(repeats)):
+        raise ConfigError(f"{name} has {len(value)} values for a batch of {batch} samples; give one per sample")
+    return [one for one in value for _ in range(repeats)]
 
 
 def _visual_batch(

@@ -12,21 +12,20 @@ import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from ..config import check_keep_ratio, check_num_tokens, check_one_budget
 from ..errors import ConfigError
+from .budget import Budget
 from .taps import Encoding
 
 if TYPE_CHECKING:
     from .call import Call, LastCall, Step
+    from .drops import LayerDrops
     from .hooks import Boundary
-    from .layers import LayerDrops
 
 
 class Hook:
@@ -91,7 +90,8 @@ def running() -> CallContext | None:
 
 def interrupted() -> bool:
     """Whether a call that is not `generate` is open: the one that runs, or one that never ended."""
-    return bool(_thread.contexts) and type(_thread.contexts[-1]) is CallContext
+    # Not `bool` of the list, which torch 2.11 cannot compile.
+    return len(_thread.contexts) > 0 and type(_thread.contexts[-1]) is CallContext
 
 
 def push(context: CallContext) -> None:
@@ -157,75 +157,6 @@ def last_of(boundary: Boundary) -> LastCall | None:
     return _thread.last.get(boundary)
 
 
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """One budget for all samples, or one per sample.
-
-    Attributes:
-        keep_ratio: a ratio in (0, 1], or a tuple with one per sample.
-        num_tokens: a count >= 1, or a tuple with one per sample.
-        everything: True keeps all tokens, whatever the others say.
-        tower_keep_ratio: share of the vision tower's rows that stay (see `rows`); None for all.
-    """
-
-    keep_ratio: float | tuple[float, ...] | None = None
-    num_tokens: int | tuple[int, ...] | None = None
-    everything: bool = False
-    tower_keep_ratio: float | str | None = None
-
-    @classmethod
-    def checked(cls, keep_ratio: Any = None, num_tokens: Any = None) -> Budget:
-        """Validate a budget given by a user; raise `ConfigError` if it is not allowed."""
-        check_one_budget(keep_ratio, num_tokens)
-        if keep_ratio is not None:
-            return cls(keep_ratio=_each(keep_ratio, check_keep_ratio, "keep_ratio"))
-        return cls(num_tokens=_each(num_tokens, check_num_tokens, "num_tokens"))
-
-    def counts(self, totals: Tensor, rows: Tensor, batch: int, repeated: Callable[[int], bool]) -> Tensor:
-        """[G] long: tokens to keep per group, each as `config.count_kept` counts them.
-
-        Args:
-            totals: [G] long, visual tokens of each group, at least 1.
-            rows: [G] long, the row of each group in the batch.
-            batch: Number of rows.
-            repeated: Whether each sample of the batch stands so many times in a row, as `generate` repeats them for
-                beams; these keep the per-sample budgets of the original samples.
-
-        Raises:
-            ConfigError: Budgets per sample are not as many as the samples.
-        """
-        if self.everything:
-            return totals
-        if self.num_tokens is not None:
-            numbers = torch.tensor(self._per_row(self.num_tokens, "num_tokens", batch, repeated))
-            return numbers.to(rows.device)[rows].minimum(totals)
-        # On the CPU, in double precision, which some devices lack.
-        ratios = torch.tensor(self._per_row(self.keep_ratio, "keep_ratio", batch, repeated), dtype=torch.float64)
-        counts = (ratios[rows.cpu()] * totals.cpu() + 0.5).floor().long().clamp(min=1)
-        return counts.to(totals.device).minimum(totals)
-
-    def _per_row(self, value: Any, name: str, batch: int, repeated: Callable[[int], bool]) -> list[Any]:
-        if not isinstance(value, tuple):
-            return [value] * batch
-        repeats = batch // len(value)
-        if batch % len(value) or (repeats > 1 and not repeated(repeats)):
-            raise ConfigError(f"{name} has {len(value)} values for a batch of {batch} samples; give one per sample")
-        return [one for one in value for _ in range(repeats)]
-
-    @property
-    def most(self) -> int | None:
-        """The largest number of tokens wanted, if the budget is a number."""
-        return max(self.num_tokens) if isinstance(self.num_tokens, tuple) else self.num_tokens
-
-
-def _each(value: Any, check: Any, name: str) -> Any:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if not value:
-            raise ConfigError(f"{name} must have one value per sample, got {value!r}")
-        return tuple(check(one) for one in value)
-    return check(value)
-
-
 # (owner, thread) of each open block, so that a thread that was started inside one can be told that it is not in it.
 _open_blocks: list[tuple[object, int]] = []
 # A stack of (owner, budget), so that several models may be overridden at once. A context variable is private to each
@@ -234,15 +165,22 @@ _stack: ContextVar[tuple[tuple[object, Budget], ...]] = ContextVar("grip_budgets
 
 
 @contextlib.contextmanager
-def override(owner: object, budget: Budget) -> Iterator[None]:
-    """Use `budget` for the model that `owner` belongs to within this block, in this thread."""
+def override(owner: object, budget: Budget, told: bool = True) -> Iterator[None]:
+    """Use `budget` for the model that `owner` belongs to within this block, in this thread.
+
+    Args:
+        owner: Whose.
+        budget: It.
+        told: Whether other threads are told that it does not hold in them; not if nobody but this library asked.
+    """
     token = _stack.set((*_stack.get(), (owner, budget)))
-    block = (owner, threading.get_ident())
-    _open_blocks.append(block)
+    blocks = [(owner, threading.get_ident())] if told else []
+    _open_blocks.extend(blocks)
     try:
         yield
     finally:
-        _open_blocks.remove(block)
+        for block in blocks:
+            _open_blocks.remove(block)
         _stack.reset(token)
 
 
@@ -258,10 +196,25 @@ def open_elsewhere(owner: object) -> bool:
 
 
 def budget_of(boundary: Boundary) -> Budget:
+    """The budget of the call at hand, in tokens.
+
+    Raises:
+        ConfigError: It is a quality, which only `generate` can keep.
+    """
+    budget = asked_of(boundary)
+    if budget.quality is not None:
+        raise ConfigError(
+            f"quality={budget.quality} is promised of the answers of generate: a call of the model itself, as in "
+            "training, needs a budget: with model.grip.budget(keep_ratio=...), or model.grip.disabled()"
+        )
+    return budget
+
+
+def asked_of(boundary: Boundary) -> Budget:
     """The budget of the call at hand: what was said of the model, or of the one that it follows, or the usual one."""
     said = current(boundary.key)
     if said is None and boundary.leader is not None:
-        return budget_of(boundary.leader)
+        return asked_of(boundary.leader)
     if said is None and open_elsewhere(boundary.key):
         boundary.warn_once(
             "a budget(...) or disabled() block is open in another thread and does not hold in this one. A thread "

@@ -21,10 +21,10 @@ from ..errors import GripError
 from ..families.table import Parts
 from . import routing, upstream
 from .arguments import check, prune_arguments
+from .budget import Budget
 from .cache import find, given_back, logical_of, physical, returned, set_states, state_of, states_of
 from .choice import Score, choose, last_call, make_step
 from .context import (
-    Budget,
     CallContext,
     Hook,
     budget_of,
@@ -37,7 +37,8 @@ from .context import (
     running,
 )
 from .decoding import decode_arguments, decodes_simply
-from .layers import LayerDrops, hook_layers
+from .drops import LayerDrops
+from .layers import hook_layers
 from .methods import Encode, Generate
 from .plan import grow_output, growths
 from .reading import labels_of, read, states_after
@@ -57,6 +58,7 @@ class Boundary:
         leader: the patch whose count too, if another one is followed.
         tapped: True if the selector taps the vision tower.
         tower: the part of the patch that drops rows within the vision tower, if any.
+        encodes_once: True if pictures may be encoded once for several calls of `generate`.
     """
 
     parts: Parts
@@ -68,6 +70,7 @@ class Boundary:
     leader: Boundary | None = None
     tapped: bool = False
     tower: Any = None
+    encodes_once: bool = False
 
     def __post_init__(self) -> None:
         self.base_parameters = upstream.parameters(self.parts.base)
@@ -83,9 +86,8 @@ class Boundary:
             selector_hooks: Handles of the selector's own, which publish taps.
         """
         owner, base, language_model = self.parts.owner, self.parts.base, self.parts.language_model
-        before_owner, after_owner, before_base, after_base = (
-            BoundaryHook(self, name) for name in ("before_owner", "after_owner", "before_base", "after_base")
-        )
+        before_owner, before_base = (BeforeHook(self, name) for name in ("before_owner", "before_base"))
+        after_owner, after_base = (AfterHook(self, name) for name in ("after_owner", "after_base"))
         self._removable, self.tapped = list(selector_hooks), bool(selector_hooks)
         if owner is not base:
             self._removable += [
@@ -101,7 +103,7 @@ class Boundary:
         if getattr(self.selector, "inside", False):
             self._removable += hook_layers(language_model, self.selector)  # type: ignore[arg-type]
         methods: list[Any] = [Generate(owner, self)] if hasattr(type(owner), "generate") else []
-        if selector_hooks:
+        if selector_hooks or self.encodes_once:
             methods += self._encoders()
         for method in methods:
             method.attach()
@@ -220,13 +222,26 @@ class BoundaryHook(Hook):
     def __init__(self, boundary: Boundary, name: str) -> None:
         self.boundary, self.name = boundary, name
 
-    def __call__(self, *args: Any) -> Any:
-        """Run it."""
-        return getattr(self.boundary, self.name)(*args)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundaryHook:
         whole = id(self.boundary.parts.owner) in memo
-        return BoundaryHook(copy.deepcopy(self.boundary, memo) if whole else self.boundary, self.name)
+        return type(self)(copy.deepcopy(self.boundary, memo) if whole else self.boundary, self.name)
+
+
+# Two classes, since torch compiles the hooks of a model by themselves, once for each number of arguments.
+class BeforeHook(BoundaryHook):
+    """One that runs before a module."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run it."""
+        return getattr(self.boundary, self.name)(module, args, kwargs)
+
+
+class AfterHook(BoundaryHook):
+    """One that runs after a module."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Run it."""
+        return getattr(self.boundary, self.name)(module, args, kwargs, output)
 
 
 class LanguageModelHook(Hook):
@@ -317,7 +332,7 @@ def _restore(module: nn.Module, kwargs: dict[str, Any], cache: Any, output: Any)
         return None
     if cache is None and made is not None:
         upstream.check_new_cache(made, kwargs, module.config, step.kept)
-    later = None if layers is None else layers.plans
+    later = None if layers is None else layers.later
     total = step.call.past_logical + step.plan.length
     grown = grow_output(output, step.plan, growths(step.plan, step.keys, total, later or {}), later is not None)
     if context.router_mask is not None:
@@ -326,7 +341,8 @@ def _restore(module: nn.Module, kwargs: dict[str, Any], cache: Any, output: Any)
     if cache is None:
         return grown
     if bool(step.call.visual.any()):
-        set_states(cache, states_after(step, later))
+        keys = None if later is None else {start: seen for start, (_, seen) in later.items()}
+        set_states(cache, states_after(step, keys))
     return given_back(grown, cache)
 
 
@@ -353,4 +369,4 @@ def _refuse_export() -> None:
 def patch_of(module: nn.Module) -> Boundary | None:
     """The patch whose hooks a module carries, if any."""
     hooks = module._forward_pre_hooks.values()
-    return next((hook.boundary for hook in hooks if isinstance(hook, BoundaryHook)), None)
+    return next((hook.boundary for hook in hooks if isinstance(hook, BeforeHook)), None)

@@ -1,6 +1,7 @@
 """Image down-sampling: the same number of visual tokens by a smaller picture instead of by choosing.
 
-Shown to beat many pruning methods (VTC-Bench, arXiv 2510.07143), so it belongs beside every one of them.
+Shown to beat many pruning methods (VTC-Bench, arXiv 2510.07143), so it belongs beside every one of them. Its kin:
+features of the whole picture pooled to as few, and the smaller picture enlarged again, which tells what is left in it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..families.table import Parts, find_parts
 from ..families.towers import PREFIX
 
-DOWNSAMPLING = "downsampling"  # its name among selectors
+DOWNSAMPLING, POOLED = "downsampling", "pooled"  # their names among selectors
+ENLARGED = "downsampling_enlarged"  # a yardstick: it saves nothing
 
 
 @torch.no_grad()
@@ -44,18 +46,79 @@ def downsample(
         ConfigError: `num_tokens` or `positions` is not allowed.
         UnsupportedModelError: The tower is of another kind, or transformers is older than 5.18.
     """
+    parts, side = _square(model, num_tokens, positions)
+    pictures = parts.base.get_image_features(  # type: ignore[operator]
+        _resized(inputs["pixel_values"], side * _patch(parts)), interpolate_pos_encoding=True, return_dict=True
+    )
+    return _with_pictures(parts, inputs, pictures, side, positions)
+
+
+@torch.no_grad()
+def pool(
+    model: Any, inputs: dict[str, Tensor], num_tokens: int, positions: Literal["original", "compact"] = "original"
+) -> dict[str, Any]:
+    """Inputs of the same prompts with the tower's features averaged over a coarser grid, before the projector.
+
+    The tower sees the whole picture, so that only the language model has less to do; otherwise as `downsample`.
+    """
+    parts, side = _square(model, num_tokens, positions)
+    full = _full(parts)
+
+    def average(projector: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        features = args[0]
+        extra = features.shape[1] - full**2
+        grid = features[:, extra:].mT.unflatten(2, (full, full))
+        cells = F.adaptive_avg_pool2d(grid.float(), side).flatten(2).mT.to(features.dtype)
+        return (torch.cat([features[:, :extra], cells], 1), *args[1:])
+
+    projector: Any = parts.base.multi_modal_projector
+    with projector.register_forward_pre_hook(average):
+        pictures = parts.base.get_image_features(inputs["pixel_values"], return_dict=True)  # type: ignore[operator]
+    return _with_pictures(parts, inputs, pictures, side, positions)
+
+
+@torch.no_grad()
+def enlarge(model: Any, inputs: dict[str, Tensor], num_tokens: int) -> dict[str, Any]:
+    """Inputs of the same prompts with pictures shrunk as `downsample` does, and enlarged to their old size.
+
+    All visual tokens are there, so this is no method; it tells how much of the picture a smaller one still holds.
+    """
+    parts, side = _square(model, num_tokens)
+    pixels = inputs["pixel_values"]
+    return {**inputs, "pixel_values": _resized(_resized(pixels, side * _patch(parts)), pixels.shape[-1])}
+
+
+def _square(model: Any, num_tokens: int, positions: str = "original") -> tuple[Parts, int]:
+    """The model's parts, and the side of the largest square of at most `num_tokens` patches."""
     parts = check_square(model)
-    config: Any = parts.base.config
-    vision = config.vision_config
     if positions not in ("original", "compact"):
         raise ConfigError(f"positions must be 'original' or 'compact', got {positions!r}")
-    full = vision.image_size // vision.patch_size
-    side = min(full, math.isqrt(check_num_tokens(num_tokens)))
-    size = (side * vision.patch_size,) * 2
-    pixels = F.interpolate(inputs["pixel_values"].float(), size, mode="bilinear", antialias=True)
-    pictures = parts.base.get_image_features(  # type: ignore[operator]
-        pixels.to(inputs["pixel_values"].dtype), interpolate_pos_encoding=True, return_dict=True
-    )
+    return parts, min(_full(parts), math.isqrt(check_num_tokens(num_tokens)))
+
+
+def _patch(parts: Parts) -> int:
+    """Pixels on a side of a patch."""
+    config: Any = parts.base.config
+    return int(config.vision_config.patch_size)
+
+
+def _full(parts: Parts) -> int:
+    """Patches on a side of a whole picture."""
+    config: Any = parts.base.config
+    return int(config.vision_config.image_size) // _patch(parts)
+
+
+def _resized(pixels: Tensor, size: int) -> Tensor:
+    """Pixels [B, C, H, W] of `size` x `size`, in their dtype."""
+    return F.interpolate(pixels.float(), (size, size), mode="bilinear", antialias=True).to(pixels.dtype)
+
+
+def _with_pictures(
+    parts: Parts, inputs: dict[str, Tensor], pictures: Any, side: int, positions: str
+) -> dict[str, Any]:
+    """Prompts with as many placeholders as encoded pictures of side x side patches have tokens."""
+    config: Any = parts.base.config
+    full, vision = _full(parts), config.vision_config
     extra = PREFIX[vision.model_type] * (config.vision_feature_select_strategy == "full")
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     visual = torch.isin(ids, torch.tensor(parts.token_ids, device=ids.device))

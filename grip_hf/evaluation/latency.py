@@ -42,6 +42,7 @@ def run_bench(
     attention: str = "sdpa",
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
+    depth_of: int | None = None,
     tower: TowerChoice | None = None,
     cpu_time: bool = False,
 ) -> dict[str, Any]:
@@ -50,8 +51,8 @@ def run_bench(
     Args:
         model: Name of a shape, such as "small" or "llava-1.5-7b", which gets random weights; or a model of your own
             with its inputs, for which `batch`, `device`, `dtype` and `attention` are not read.
-        selectors: Names of selectors, "downsampling", or `label=folder` for a scorer of your own; "grip" is the scorer
-            that came with the model, else one with random weights, which takes as long as a trained one.
+        selectors: Names of selectors, "downsampling", "pooled", or `label=folder` for a scorer of your own; "grip" is
+            the scorer that came with the model, else one with random weights, which takes as long as a trained one.
         budgets: Keep ratios in (0, 1], or numbers of visual tokens > 1.
         rounds: Paired rounds, after one that is not counted.
         decode_tokens: Further tokens to time after the first.
@@ -61,6 +62,8 @@ def run_bench(
         attention: Attention implementation of the model.
         seed: Seed of weights and inputs.
         progress: Called with what is being done.
+        depth_of: Layers of another model: selectors inside the language model drop at the shares of layers where they
+            drop in that one, so that times can be joined with accuracies measured on it.
         tower: At which shares of the vision tower's rows each selector is measured too.
         cpu_time: Whether the CPU time of this process counts, on a machine that others use too; not on a GPU.
 
@@ -71,7 +74,8 @@ def run_bench(
         ConfigError: An argument is not allowed.
     """
     wanted = [check_budget(budget) for budget in budgets]
-    for name, value in (("rounds", rounds), ("decode_tokens", decode_tokens), ("batch", batch)):
+    given = (("rounds", rounds), ("decode_tokens", decode_tokens), ("batch", batch))
+    for name, value in (*given, *([] if depth_of is None else [("depth_of", depth_of)])):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
     if not selectors:
@@ -88,7 +92,7 @@ def run_bench(
     if cpu_time and place.type != "cpu":
         raise ConfigError(f"cpu_time=True counts nothing of what runs on {place.type!r}; leave it out")
     counts = list(dict.fromkeys(kept_of(model.tokens, budget) for budget in wanted))
-    bench = Bench(built, model.inputs, selectors, decode_tokens, seed, tower, cpu_time)
+    bench = Bench(built, model.inputs, selectors, decode_tokens, seed, depth_of, tower, cpu_time)
     pruned = [
         Variant(name, count, share)
         for count in counts
@@ -109,7 +113,9 @@ def run_bench(
     for variant in pruned:
         held = found[0][variant].layer_tokens
         share = prefill_flops(language_model, held) / full
-        rows.append({**_row(found[1:], variant), "kept": held[-1] - texts, "flop_ratio": share})
+        row = {**_row(found[1:], variant), "kept": held[-1] - texts, "flop_ratio": share}
+        row["token_layers"] = sum(held) / sum(found[0][Variant()].layer_tokens)
+        rows.append({**row, "drops": bench.drops(str(variant.selector)), "layers": len(held)})
     setting = {
         "model": model.name,
         "visual_tokens": model.tokens,

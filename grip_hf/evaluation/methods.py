@@ -15,19 +15,21 @@ from ..errors import ConfigError
 from ..frozen.samples import Sample
 from ..frozen.vlm import FrozenVLM, pictures
 from ..patch import apply_grip, remove_grip
+from ..selectors.inside import InsideSelector
 from .answers import EXACT, METRICS, check_metric
 from .budgets import Budget, as_setting, kept_of
-from .downsampling import check_square, downsample
+from .calibration import confidences
 
 Scores = Callable[[VisualBatch], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a model wrote, without special tokens, and how right that is, in [0, 1]."""
+    """What a model wrote, without special tokens, how right that is, in [0, 1], and how probable, if asked for."""
 
     score: float
     said: str
+    confidence: float | None = None
 
 
 class Prompts:
@@ -39,12 +41,18 @@ class Prompts:
         metric: "exact" wants the tokens of an answer and nothing more; the others are in `answers.METRICS`. Samples
             without an answer are compared with what the unpruned model says, token by token.
         max_new_tokens: Longest text that is written for a metric other than "exact".
+        calibration: Whether answers come with their probability; the logits of a whole batch are kept for it.
     """
 
     def __init__(
-        self, vlm: FrozenVLM, samples: Sequence[Sample], metric: str = EXACT, max_new_tokens: int = 32
+        self,
+        vlm: FrozenVLM,
+        samples: Sequence[Sample],
+        metric: str = EXACT,
+        max_new_tokens: int = 32,
+        calibration: bool = False,
     ) -> None:
-        self.vlm, self.samples, self.metric = vlm, samples, check_metric(metric)
+        self.vlm, self.samples, self.metric, self.calibration = vlm, samples, check_metric(metric), calibration
         self.accepted = [
             [sample.answer, *map(vlm.answer_tokens, dict.fromkeys(sample.example.answers[1:]))] for sample in samples
         ]
@@ -58,30 +66,45 @@ class Prompts:
         """Per sample the pixels of its pictures [pictures, ...]."""
         return [self.vlm.process(sample.example)["pixel_values"] for sample in self.samples]
 
-    def said(self, inputs: dict[str, Any]) -> Tensor:
-        """[B, A] long: what greedy decoding writes from `inputs`, up to the longest answer; -1 behind its end."""
-        written = self.vlm.model.generate(
+    def said(self, inputs: dict[str, Any]) -> tuple[Tensor, list[float] | None]:
+        """What greedy decoding writes from `inputs`, and the probability of each text, if it is asked for.
+
+        Returns:
+            [B, A] long, up to the longest answer; -1 behind its end.
+        """
+        model = self.vlm.model
+        output = model.generate(
             **inputs,
             max_new_tokens=self.longest,
             do_sample=False,
             num_beams=1,
             suppress_tokens=list(self.vlm.parts.token_ids),  # as in the answers that the model itself gives
+            return_dict_in_generate=True,
+            output_scores=self.calibration,
         )
-        written = written[:, inputs["input_ids"].shape[1] :]
-        return torch.nn.functional.pad(written, (0, self.longest - written.shape[1]), value=-1)
+        written = output.sequences[:, inputs["input_ids"].shape[1] :]
+        sure = confidences(written, output.scores, _ends(model)) if self.calibration else None
+        return torch.nn.functional.pad(written, (0, self.longest - written.shape[1]), value=-1), sure
 
     def judged(self, inputs: dict[str, Any]) -> list[Answer]:
         """Per sample what greedy decoding from `inputs` writes, and how right that is."""
         decode = self.vlm.processor.tokenizer.decode
+        written, sure = self.said(inputs)
         found = []
-        for row, sample, accepted in zip(self.said(inputs), self.samples, self.accepted, strict=True):
+        for i, (row, sample, accepted) in enumerate(zip(written, self.samples, self.accepted, strict=True)):
             text = decode(row[row >= 0], skip_special_tokens=True).strip()
             if self.metric == EXACT or sample.example.answer is None:
                 score = float(any(torch.equal(row[: len(one)], one) for one in accepted))
             else:
                 score = METRICS[self.metric](text, sample.example.answers or [sample.example.answer])
-            found.append(Answer(score, text))
+            found.append(Answer(score, text, None if sure is None else sure[i]))
         return found
+
+
+def _ends(model: Any) -> set[int]:
+    """Tokens that end what the model writes."""
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
 
 
 @runtime_checkable
@@ -107,6 +130,10 @@ class Unpruned:
         """The same at every budget."""
         remove_grip(prompts.vlm.model)
         return [prompts.judged({**prompts.inputs, **prompts.pictures})] * len(budgets)
+
+    def held(self, total: int, budget: Budget, depth: int) -> list[int]:
+        """Visual tokens that each of `depth` layers of the language model sees."""
+        return [total] * depth
 
 
 class Pruned:
@@ -142,6 +169,13 @@ class Pruned:
             remove_grip(model)
         return found
 
+    def held(self, total: int, budget: Budget, depth: int) -> list[int]:
+        """Visual tokens that each of `depth` layers of the language model sees; those inside it see more at first."""
+        kept = kept_of(total, budget)
+        if isinstance(self.selector, InsideSelector):
+            return self.selector.held(total, kept, depth)
+        return [kept] * depth
+
 
 class Oracle:
     """Keeps what the examples themselves say is needed (`columns["evidence"]`): a yardstick, not a method."""
@@ -152,6 +186,10 @@ class Oracle:
     def answers(self, prompts: Prompts, budgets: Sequence[Budget]) -> list[list[Answer]]:
         """Ask with the evidence of these samples."""
         return Pruned(partial(self.scores, samples=prompts.samples)).answers(prompts, budgets)
+
+    def held(self, total: int, budget: Budget, depth: int) -> list[int]:
+        """Visual tokens that each of `depth` layers of the language model sees."""
+        return [kept_of(total, budget)] * depth
 
     def scores(self, batch: VisualBatch, samples: Sequence[Sample]) -> Tensor:
         """[G, N] float32: falling along each example's evidence.
@@ -168,26 +206,3 @@ class Oracle:
                 raise ConfigError(f"evidence must name visual tokens 0 to {sample.num_visual - 1}, got {list(order)}")
             row[list(order)] = torch.arange(len(order), 0, -1, dtype=torch.float32, device=row.device)
         return result
-
-
-class Downsampling:
-    """Smaller pictures, of no more visual tokens than the budget allows, for the model without a patch."""
-
-    def check(self, model: Any) -> None:
-        """The model must take square pictures of any size."""
-        check_square(model)
-
-    def answers(self, prompts: Prompts, budgets: Sequence[Budget]) -> list[list[Answer]]:
-        """Shrink, encode and ask at each budget."""
-        remove_grip(prompts.vlm.model)
-        model = prompts.vlm.model
-        inputs = {**prompts.inputs, "pixel_values": torch.cat(prompts.pixels).to(model.dtype)}
-        found = []
-        for budget in budgets:
-            counts = [
-                kept_of(sample.num_visual, budget) // len(pixels)
-                for sample, pixels in zip(prompts.samples, prompts.pixels, strict=True)
-            ]
-            small = downsample(model, inputs, max(1, min(counts)))
-            found.append(prompts.judged(small))
-        return found

@@ -32,9 +32,18 @@ class Row(_Row, total=False):
         n: Number of examples.
         ci95: (low, high), an interval over the examples, and over trainings where there are several.
         seeds: The accuracy of each training, where there are several.
+        compute: Of rows over the task "mean": token-layers of the language model's prefill, as a share of those
+            without pruning, mean over the questions.
+        drops: For selectors inside the language model, the first layer without the dropped tokens, drop by drop.
+        layers: And the number of its layers.
+        ece: Expected calibration error, where it was asked for; over several trainings, the mean of theirs.
     """
 
     seeds: list[float]
+    compute: float
+    drops: list[int]
+    layers: int
+    ece: float
 
 
 def wilson(right: float, n: int) -> tuple[float, float]:

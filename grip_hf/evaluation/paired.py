@@ -18,10 +18,13 @@ from ..hub.checkpoint import attached_folder
 from ..patch import apply_grip, remove_grip
 from ..scorer.model import GripScorer, GripScorerConfig
 from ..selectors import get_selector
-from .downsampling import DOWNSAMPLING, check_square, downsample
+from ..selectors.inside import AtDepth, InsideSelector
+from .downsampling import DOWNSAMPLING, POOLED, check_square, downsample, pool
 from .memory import cache_bytes, peak_memory
 from .stopwatch import Stopwatch, TimedSelector, watched
 from .towers import TowerChoice, tower_label
+
+SHRINKERS = {DOWNSAMPLING: downsample, POOLED: pool}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +70,10 @@ class Bench:
     Args:
         model: The model, not patched.
         inputs: Inputs of its forward call.
-        selectors: Names of selectors, "downsampling", or `label=folder` of a scorer.
+        selectors: Names of selectors, "downsampling", "pooled", or `label=folder` of a scorer.
         decode_tokens: Steps to time after the first token.
         seed: Seed of the scorer's random weights.
+        depth_of: Selectors inside the language model drop at the shares of layers where they do in a model of so many.
         tower: What chooses rows of the vision tower; None takes none.
         cpu_time: Whether CPU time counts instead of the clock's.
     """
@@ -81,11 +85,12 @@ class Bench:
         selectors: Sequence[str],
         decode_tokens: int,
         seed: int = 0,
+        depth_of: int | None = None,
         tower: TowerChoice | None = None,
         cpu_time: bool = False,
     ) -> None:
         self.tower = None if tower is None else tower.settings(model, seed)
-        self.model, self.inputs, self.decode_tokens = model, inputs, decode_tokens
+        self.model, self.inputs, self.decode_tokens, self.depth_of = model, inputs, decode_tokens, depth_of
         self.cache_name = cache_name(find_parts(model).language_model)
         self.watch = Stopwatch(model.device, cpu_time)
         self.selectors = {name.partition("=")[0]: self._selector(name, seed) for name in selectors}
@@ -95,10 +100,11 @@ class Bench:
         name, _, folder = spec.partition("=")
         if folder or (name == "grip" and (folder := attached_folder(self.model) or "")):
             return get_selector("grip", scorer=folder)
-        if name == DOWNSAMPLING:
+        if name in SHRINKERS:
             return check_square(self.model)  # nothing to apply
         if name != "grip":
-            return get_selector(name, seed=seed)
+            found = get_selector(name, seed=seed)
+            return AtDepth(found, self.depth_of) if self.depth_of and isinstance(found, InsideSelector) else found
         torch.manual_seed(seed)
         config = GripScorerConfig(hidden_size=self.model.config.get_text_config().hidden_size)
         return get_selector(name, scorer=GripScorer(config).to(self.model.device, self.model.dtype).eval())
@@ -109,8 +115,8 @@ class Bench:
         floor = variant.selector is None and variant.num_tokens
         if floor and floor not in self.kept:
             self.kept[floor] = self._kept_inputs(floor)
-        smaller = variant.num_tokens if variant.selector == DOWNSAMPLING else None
-        if variant.selector is not None and smaller is None:
+        shrink = SHRINKERS.get(variant.selector or "")
+        if variant.selector is not None and shrink is None:
             selector = TimedSelector(self.selectors[variant.selector], self.watch)
             more: dict[str, Any] = {}
             if variant.tower is not None and self.tower is not None:
@@ -119,7 +125,7 @@ class Bench:
             apply_grip(self.model, selector=selector, num_tokens=variant.num_tokens, **more)
         try:
             with watched(self.model, self.watch), peak_memory(self.model.device) as peak:
-                token, cache = self._floor(floor) if floor else self._call(smaller)
+                token, cache = self._floor(floor) if floor else self._call(shrink, variant.num_tokens)
                 ms, size = self.watch.spans(), cache_bytes(cache)
                 lengths = tuple(layer.keys.shape[-2] for layer in cache.layers)
                 ms["decode"], hook_us = self._decode(token, cache)
@@ -127,11 +133,19 @@ class Bench:
         finally:
             remove_grip(self.model)
 
-    def _call(self, smaller: int | None = None) -> tuple[Tensor, Any]:
-        """The first token, as `generate` computes it; from pictures of at most `smaller` tokens if that is given."""
+    def drops(self, name: str) -> list[int] | None:
+        """Per drop the first layer without the dropped tokens; None for what drops before the language model."""
+        found = self.selectors[name]
+        if not isinstance(found, InsideSelector):
+            return None
+        depth: Any = find_parts(self.model).language_model.config.num_hidden_layers  # type: ignore[union-attr]
+        return [drop for _, drop in found.stages(depth)]
+
+    def _call(self, shrink: Any = None, tokens: int | None = None) -> tuple[Tensor, Any]:
+        """The first token, as `generate` computes it; from pictures made to `tokens` by `shrink`, if given."""
         self.watch.reset()
         self.watch.mark("start")
-        inputs = self.inputs if smaller is None else downsample(self.model, self.inputs, smaller)
+        inputs = self.inputs if shrink is None else shrink(self.model, self.inputs, tokens)
         output = self.model(**inputs, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         self.watch.mark("end")

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..selectors import SELECTORS
 from .budgets import kept_of
-from .downsampling import DOWNSAMPLING
+from .downsampling import DOWNSAMPLING, POOLED
 from .metrics import MEAN, UNPRUNED
 from .towers import PLUS
 
@@ -94,7 +94,8 @@ def join(judged: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> list[
     time, so that files of several runs can be joined.
 
     Raises:
-        ConfigError: The files are of another kind, time different models, or lack a time that is needed.
+        ConfigError: The files are of another kind, time different models, lack a time that is needed, or a selector
+            inside the language model dropped at other shares of its layers in one than in the other.
     """
     try:
         means = [row for row in judged["rows"] if row["task"] == MEAN]
@@ -117,12 +118,14 @@ def join(judged: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> list[
         base, plus, share = name.partition(PLUS)
         timed_as, count = ("grip" if base in known else base) + plus + share, kept_of(total, budget)
         found = measured.get((timed_as, count))
-        if found is None and (timed_as.partition(PLUS)[0] in SELECTORS or timed_as == DOWNSAMPLING):
+        if found is None and (timed_as.partition(PLUS)[0] in SELECTORS or timed_as in (DOWNSAMPLING, POOLED)):
             raise ConfigError(
                 f"no time of {timed_as!r} at {count} tokens; get it by `grip-hf bench --model {model} --selectors "
                 f"{timed_as.partition(PLUS)[0]} --budgets {budget}{f' --tower-keep-ratio {share}' if plus else ''} "
                 "--json FILE`, and give that file too"
             )
+        if found is not None:
+            _check_depth(row, found, model)
         tokens = count if found is None else found.get("kept", count)
         points.append(
             Point(name, budget, tokens, row["accuracy"], None if found is None else found["ttft_ratio"] * whole)
@@ -130,6 +133,18 @@ def join(judged: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> list[
     if not points or points[0].selector != UNPRUNED:
         raise ConfigError(f"the file of `grip-hf eval` has no row {UNPRUNED!r} over the task {MEAN!r}")
     return points
+
+
+def _check_depth(judged: Mapping[str, Any], timed: Mapping[str, Any], model: str) -> None:
+    """Refuse a time taken with drops at other depths; files from before rows told depths are not checked."""
+    here, there = ([round(drop / row["layers"], 6) for drop in (row.get("drops") or ())] for row in (judged, timed))
+    if here and there and here != there:
+        name, depth = judged["selector"], judged["layers"]
+        raise ConfigError(
+            f"{name!r} was judged with drops at layers {judged['drops']} of {depth}, and timed with drops at "
+            f"{timed['drops']} of {timed['layers']}: time it by `grip-hf bench --model {model} --depth-of {depth} "
+            f"--selectors {name} ...`, at layers of the same share"
+        )
 
 
 def scorers(judged: Mapping[str, Any]) -> set[str]:

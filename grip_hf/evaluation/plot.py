@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from .downsampling import DOWNSAMPLING, POOLED
 from .pareto import Point, frontier
 
 
@@ -48,7 +49,7 @@ def draw_pareto(points: Sequence[Point], time_label: str, highlight: Collection[
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    ticks = sorted({one.tokens for one in points if one.selector != "downsampling"})
+    ticks = sorted({one.tokens for one in points if one.selector not in (DOWNSAMPLING, POOLED)})
     left.set_xscale("log")
     left.set_xticks(ticks, [str(tick) for tick in ticks])
     left.minorticks_off()

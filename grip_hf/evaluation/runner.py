@@ -5,35 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError
+from ..families.table import find_parts
 from ..frozen.data import Examples
 from ..frozen.vlm import FrozenVLM
 from ..selectors.base import Selector
+from ..selectors.inside import InsideSelector
 from .answers import AGREEMENT, EXACT
 from .budgets import Budget, check_budget
+from .columns import Mark, held_share, with_columns
 from .methods import Method, Prompts, Pruned, Scores, Unpruned
 from .metrics import MEAN, UNPRUNED, Row, average, table
 
 Judged = Scores | Method
 Asked = tuple[str, list[str], bool]
-
-
-class Mark(NamedTuple):
-    """One answer: who gave it (which of several trainings), at which budget, to which question, how right it is."""
-
-    selector: str
-    training: int
-    budget: Budget
-    row: int
-    task: str
-    score: float
-    said: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +82,8 @@ def evaluate(
     processes: PartialState | None = None,
     metric: str = EXACT,
     max_new_tokens: int = 32,
+    calibration: bool = False,
+    share: Path | None = None,
 ) -> Evaluation:
     """Score of every selector at every budget, and of the unpruned model, on what the patched model itself generates.
 
@@ -106,6 +100,8 @@ def evaluate(
             single process would make.
         metric: When an answer is right; see `Prompts`.
         max_new_tokens: Longest text that is written; see `Prompts`.
+        calibration: Whether to tell the expected calibration error, for which the logits of answers are kept.
+        share: A folder in which processes share encoded pictures; None shares none.
 
     Raises:
         ConfigError: A budget or the metric is not allowed, or there are no budgets or examples.
@@ -122,13 +118,16 @@ def evaluate(
         one.check(model)
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     starts = range(rank * batch_size, len(examples), world * batch_size)
-    vlm = FrozenVLM(model, processor, cache_bytes=1 << 28, tap=tap_all(every))
+    if share is not None:  # pictures with these rows per token beside them
+        share = share / (".".join(sorted({need for one in every for need in _needs(one)})) or "plain")
+    vlm = FrozenVLM(model, processor, cache_bytes=1 << 28, tap=tap_all(every), share=share)
     batches: list[tuple[list[Mark], list[Asked]]] = []
     try:
         for start in tqdm(starts, desc="evaluating", disable=None if progress and rank == 0 else True):
             vlm.attach()
             rows = range(start, min(start + batch_size, len(examples)))
-            prompts = Prompts(vlm, vlm.prepare([examples[row] for row in rows]), metric, max_new_tokens)
+            samples = vlm.prepare([examples[row] for row in rows])
+            prompts = Prompts(vlm, samples, metric, max_new_tokens, calibration)
             batches.append((list(_judge(prompts, methods, asked, start)), _asked(prompts)))
     finally:
         vlm.close()
@@ -138,8 +137,13 @@ def evaluate(
         batches = [shards[i % world][i // world] for i in range(sum(map(len, shards)))]
     marks = [one for found, _ in batches for one in found]
     questions = [one for _, found in batches for one in found]
-    table_rows = _table(marks)
+    depth = _depth(model)
+    table_rows = with_columns(_table(marks), marks, _drops(methods, depth), depth)
     return Evaluation(table_rows, marks, _name(metric, questions), [(one, right) for one, right, _ in questions])
+
+
+def _needs(method: Method) -> tuple[str, ...]:
+    return tuple(getattr(method.selector, "needs", ())) if isinstance(method, Pruned) else ()
 
 
 def _asked(prompts: Prompts) -> list[Asked]:
@@ -176,12 +180,30 @@ def _judge(
     """What every method makes of a batch whose first question has the number `first`, and the unpruned model."""
     tasks = [str(sample.example.columns.get("task", "all")) for sample in prompts.samples]
     trainings = {UNPRUNED: [Unpruned()], **methods}
+    depth = _depth(prompts.vlm.model)
     for name, several in trainings.items():
         for number, one in enumerate(several):
             asked = budgets if name != UNPRUNED else [1.0]
             for budget, answers in zip(asked, one.answers(prompts, asked), strict=True):
-                for row, (task, answer) in enumerate(zip(tasks, answers, strict=True), first):
-                    yield Mark(name, number, budget, row, task, answer.score, answer.said)
+                for i, (task, answer) in enumerate(zip(tasks, answers, strict=True)):
+                    visual = prompts.samples[i].num_visual
+                    texts = prompts.samples[i].inputs["input_ids"].shape[1] - visual
+                    share = held_share(one, texts, visual, budget, depth)
+                    told = (task, answer.score, answer.said, share, answer.confidence)
+                    yield Mark(name, number, budget, first + i, *told)
+
+
+def _depth(model: Any) -> int:
+    """Layers of the language model."""
+    language_model: Any = find_parts(model).language_model
+    return int(language_model.config.num_hidden_layers)
+
+
+def _drops(methods: Mapping[str, Sequence[Method]], depth: int) -> dict[str, list[int]]:
+    """By name the layers that first lack tokens, of selectors inside the language model."""
+    selectors: dict[str, Any] = {n: one[0].selector for n, one in methods.items() if isinstance(one[0], Pruned)}
+    inside = {name: one for name, one in selectors.items() if isinstance(one, InsideSelector)}
+    return {name: [drop for _, drop in one.stages(depth)] for name, one in inside.items()}
 
 
 def _table(marks: Iterable[Mark]) -> list[Row]:

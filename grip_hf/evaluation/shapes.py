@@ -163,9 +163,14 @@ def loaded(name: str, model: Any, processor: Any, picture: Any, prompt: str, bat
         ConfigError: The processor cannot take it, or makes no visual tokens of it.
     """
     content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
+    return prompted(name, model, processor, [{"role": "user", "content": content}], batch)
+
+
+def prompted(name: str, model: Any, processor: Any, messages: list[dict[str, Any]], batch: int = 1) -> Subject:
+    """A model of one's own with a conversation that asks about pictures; raises as `loaded` does."""
     try:
         inputs = processor.apply_chat_template(
-            [[{"role": "user", "content": content}]] * batch,
+            [messages] * batch,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

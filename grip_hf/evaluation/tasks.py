@@ -15,18 +15,20 @@ from ..pocket.testbeds import POCKET
 from ..scorer.model import GripScorer
 from ..selectors import SELECTORS, get_selector
 from ..selectors.grip import GripSelector
-from .downsampling import DOWNSAMPLING
-from .methods import Downsampling, Oracle, Pruned
+from .downsampling import DOWNSAMPLING, ENLARGED, POOLED
+from .methods import Oracle, Pruned
 from .runner import Judged
+from .shrinking import Enlarged, Pooled, Shrunk
 
 SHIPPED_FOLDER = WEIGHTS.parent / "scorers"  # but for "grip", which is the GRIP part of the pocket checkpoint
 SHIPPED = ("grip", "warmup", "relaxed")
 ORACLE = "oracle"
+SHRINKING = {DOWNSAMPLING: Shrunk, POOLED: Pooled, ENLARGED: Enlarged}
 BASELINES = ("random", "grid", "cls_attention", "similarity", "diversity")
 
 
 def pocket_examples(examples: int, seed: int = 0, testbed: str = POCKET.name) -> PocketExamples:
-    """Held-out questions about pocket scenes that nothing was trained on, every family equally often.
+    """Held-out questions about pocket scenes that nothing was trained on, every kind equally often.
 
     Args:
         examples: Number of questions.
@@ -46,7 +48,7 @@ def named_selectors(
     """Selectors from what a user writes.
 
     Args:
-        specs: Each the name of a selector, "downsampling", `label=folder` for a scorer of your own or
+        specs: Each the name of a selector or of `SHRINKING`, `label=folder` for a scorer of your own or
             `label=folder+folder+...` for several trainings of one, for a pocket model also "oracle", and for that of
             the first testbed "grip", "warmup" and "relaxed" (the scorers shipped with it).
         seed: For selectors that draw at random.
@@ -66,8 +68,8 @@ def named_selectors(
             raise ConfigError(f"selector {name!r} is given twice")
         if folders:
             found[name] = [get_selector("grip", scorer=folder) for folder in folders.split("+")]
-        elif name == DOWNSAMPLING:
-            found[name] = Downsampling()
+        elif name in SHRINKING:
+            found[name] = SHRINKING[name]()
         elif pocket and name == ORACLE:
             found[name] = Oracle()
         elif name in shipped:
@@ -78,14 +80,14 @@ def named_selectors(
             found[name] = get_selector(name, seed=seed)
         else:
             more = [*shipped, ORACLE] if pocket else []
-            known = sorted({*SELECTORS, DOWNSAMPLING, *more} - (set() if shipped or own else {"grip"}))
+            known = sorted({*SELECTORS, *SHRINKING, *more} - (set() if shipped or own else {"grip"}))
             raise ConfigError(f"selector must be label=folder of a scorer or one of {known}, got {spec!r}")
     if not found:
         raise ConfigError("give at least one selector")
     return found
 
 
-def choose(
+def choose_selectors(
     model: Any,
     specs: Sequence[str] | None,
     seed: int = 0,

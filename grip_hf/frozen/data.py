@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import DatasetError as DatasetError
-from .formats import Question, recognise
+from .formats import RowQuestion, recognise
 from .pictures import Picture, open_picture
 
 
@@ -103,7 +103,7 @@ class DatasetExamples:
         except Exception as error:
             raise DatasetError(f"row {row} of the dataset cannot be read: {error}") from error
 
-    def question(self, place: int) -> tuple[Question, Mapping[str, Any]]:
+    def question(self, place: int) -> tuple[RowQuestion, Mapping[str, Any]]:
         """A question, and the row that it comes from."""
         row, turn = map(int, self.places[place])
         data = self.row(row)

@@ -31,7 +31,7 @@ Messages = list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class RowQuestion:
     """One question of a row, its pictures as the data set holds them.
 
     Attributes:
@@ -78,7 +78,7 @@ class Format:
         """How many questions a row holds, at least one."""
         return max(1, len(_answered(_chat(row[self.question])))) if self.chat else 1
 
-    def question_of(self, row: Mapping[str, Any], turn: int = 0) -> Question:
+    def question_of(self, row: Mapping[str, Any], turn: int = 0) -> RowQuestion:
         """One question of a row.
 
         Raises:
@@ -89,11 +89,11 @@ class Format:
             messages = _chat(row[self.question])
             places = _answered(messages)
             if not places:
-                return Question(_checked(messages), pictures, ())
+                return RowQuestion(_checked(messages), pictures, ())
             history = messages[: places[turn]]
             if sum(map(_is_empty, _parts(messages))) == len(pictures):  # those of later turns are not seen yet
                 pictures = pictures[: sum(map(_is_empty, _parts(history))) or None]
-            return Question(_checked(history), pictures, (_said(messages[places[turn]]),))
+            return RowQuestion(_checked(history), pictures, (_said(messages[places[turn]]),))
         value = row[self.question]
         messages = [_message("user", value)] if isinstance(value, str) else _chat(value)
         votes: list[str] = []
@@ -103,7 +103,7 @@ class Format:
             if votes and texts and texts[0] in votes:
                 votes.remove(texts[0])
             votes = [*texts, *votes]
-        return Question(_checked(messages), pictures, tuple(votes))
+        return RowQuestion(_checked(messages), pictures, tuple(votes))
 
 
 def recognise(columns: Sequence[str], first: Mapping[str, Any], root: Path | None = None) -> Format:

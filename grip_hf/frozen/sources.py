@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DatasetError, SourceError
+from ..errors import DatasetError, GripError, SourceError
 from .data import DatasetExamples
+from .streaming import rows_as_they_come
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 TRAIN_SPLITS = ("train", "training")
@@ -66,6 +67,7 @@ def load_rows(
     limit: int | None = None,
     seed: int | None = None,
     wanted: Sequence[str] = TRAIN_SPLITS,
+    streaming: bool = False,
 ) -> DatasetExamples:
     """Load a dataset: an id on the Hub, a folder that `save_to_disk` wrote or with data files in it, or one file.
 
@@ -76,18 +78,32 @@ def load_rows(
         limit: Take only so many questions.
         seed: Draws these at random; None takes them from the start.
         wanted: Names of splits, the best first.
+        streaming: Read `limit` rows as they come, and nothing beyond them; `seed` shuffles them within a buffer.
 
     Raises:
         DatasetError: It cannot be loaded, or is not one that can be trained on.
     """
+    if streaming and limit is None:
+        raise DatasetError("streaming needs a number of rows to read")
     try:
-        loaded = _load(name, split, wanted)
+        loaded = _load(name, split, wanted, streaming)
     except Exception as error:
         part = "" if split is None else f" (split {split!r})"
         raise DatasetError(f"cannot load the dataset {name!r}{part}: {error}") from error
     if hasattr(loaded, "keys"):
-        loaded = loaded[_chosen(list(loaded), split, wanted, name)]
+        split = _chosen(list(loaded), split, wanted, name)
+        loaded = loaded[split]
     place = Path(name)
+    if not hasattr(loaded, "__len__") and limit is not None:
+        version = place.stat().st_mtime_ns if place.exists() else None
+        try:
+            loaded = rows_as_they_come(
+                loaded, limit, seed, [str(place.absolute()) if version else name, split, version]
+            )
+        except (GripError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise DatasetError(f"cannot stream the dataset {name!r}: {error}") from error
     root = place.parent if place.is_file() else place if place.is_dir() else None
     examples = DatasetExamples(loaded, root=root)
     if limit is None or limit >= len(examples):
@@ -97,23 +113,23 @@ def load_rows(
     return examples.subset(np.sort(np.random.default_rng(seed).permutation(len(examples))[:limit]))
 
 
-def _load(name: str, split: str | None, wanted: Sequence[str]) -> Any:
-    """A dataset, or a dict of them by split."""
+def _load(name: str, split: str | None, wanted: Sequence[str], streaming: bool) -> Any:
+    """A dataset, or a dict of them by split; streams, where these are asked for and not on disk already."""
     from datasets import get_dataset_split_names, load_dataset, load_from_disk
 
     place = Path(name)
     if any((place / file).exists() for file in ("state.json", "dataset_dict.json")):
         return load_from_disk(name)
     if place.is_dir():
-        return load_dataset(name)
+        return load_dataset(name, streaming=streaming)
     if not place.is_file():
         if split is None:  # do not download splits that nobody reads
             split = _chosen(get_dataset_split_names(name), None, wanted, name)
-        return load_dataset(name, split=split)
+        return load_dataset(name, split=split, streaming=streaming)
     if place.suffix not in BUILDERS:
         raise DatasetError(f"a file must be one of {', '.join(BUILDERS)}, got {place.name!r}")
     try:
-        return load_dataset(BUILDERS[place.suffix], data_files=name, split="train")
+        return load_dataset(BUILDERS[place.suffix], data_files=name, split="train", streaming=streaming)
     except Exception:
         if BUILDERS[place.suffix] != "json":
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..families.table import find_parts
 from ..patch import apply_grip, remove_grip
 from .data import Example
 from .samples import Encoded, Sample, one_row, share_tokens
+from .shared import SharedPictures, fingerprint
 
 
 class FrozenVLM:
@@ -36,6 +38,7 @@ class FrozenVLM:
         max_answer_tokens: Longest answer that is made up for examples without one.
         cache_bytes: How much memory encoded pictures may take.
         tap: Called with the model: registers hooks that publish extra rows per visual token, and returns them.
+        share: A folder in which processes share encoded pictures, and in which they outlive them; None shares none.
 
     Raises:
         UnsupportedModelError: The family is unknown, or cannot take pictures that were encoded before: none can in
@@ -49,6 +52,7 @@ class FrozenVLM:
         max_answer_tokens: int = 16,
         cache_bytes: int = 1 << 30,
         tap: Callable[[Any], Iterable[Any]] | None = None,
+        share: Path | None = None,
     ) -> None:
         self.parts = find_parts(model)
         check_takes_encoded(self.parts.base)
@@ -63,6 +67,7 @@ class FrozenVLM:
         self.attach()
         self._taps = list(tap(model)) if tap is not None else []
         self._see_taps()
+        self._shared = None if share is None else SharedPictures(share, fingerprint(self.parts))
 
     def attach(self) -> None:
         """Put the patch on the model again, after another one stood there."""
@@ -157,9 +162,13 @@ class FrozenVLM:
         known = self._cache.get(key)
         if known is not None:
             return known
-        with encoding() as taps:
-            output = encoder(**wanted, return_dict=True)  # type: ignore[operator]
-        encoded = Encoded(output.pooler_output, {**attached_taps(output), **taps.joined()})
+
+        def encode() -> Encoded:
+            with encoding() as taps:
+                output = encoder(**wanted, return_dict=True)  # type: ignore[operator]
+            return Encoded(output.pooler_output, {**attached_taps(output), **taps.joined()})
+
+        encoded = encode() if self._shared is None else self._shared.get(key, encode, self.device)
         if encoded.nbytes <= self._cache.maxsize:
             self._cache[key] = encoded
         return encoded

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
 from ..errors import ConfigError
+from ..quality.shown import describe
 from ..tables import pivot
 from ..version import __version__
 from .run import left_by_training
@@ -104,7 +105,6 @@ def make_card(handle: Any, facts: Facts, repo: str | None = None, old: str | Non
         tags=list(TAGS),
         **_metrics(facts, repo),
     )
-    ratio = f"{config.keep_ratio:.0%}" if config.keep_ratio is not None else f"{config.num_tokens}"
     fresh = ModelCard.from_template(
         data,
         template_str=template_text(),
@@ -116,10 +116,11 @@ def make_card(handle: Any, facts: Facts, repo: str | None = None, old: str | Non
         else f"a `{kind}` model"
         if kind
         else "any model",
-        budget=f"{ratio} of the visual tokens" if config.keep_ratio is not None else f"{ratio} visual tokens",
+        budget=_budget(config),
         scorer=_describe(scorer),
         selector=config.selector,
         version=__version__,
+        promise=describe(handle.calibration),
         results=_markdown(facts) if facts.results is not None else NOT_SAID["results"],
         training=facts.training or NOT_SAID["training"],
         picture=NOT_SAID["picture"] if facts.picture is None else f"![visual tokens that stay]({PICTURE})",
@@ -147,6 +148,15 @@ def _refreshed(card: ModelCard, fresh: ModelCard, keep: set[str]) -> ModelCard:
         data.eval_results = [*others, *new.eval_results]
         data.model_name = data.get("model_name") or new.model_name
     return card
+
+
+def _budget(config: Any) -> str:
+    """The budget of settings in words."""
+    if config.quality is not None:
+        return f"as many visual tokens as {config.quality:.1%} of the answers need"
+    if config.keep_ratio is not None:
+        return f"{config.keep_ratio:.0%} of the visual tokens"
+    return f"{config.num_tokens} visual tokens"
 
 
 def _describe(scorer: Any) -> str:

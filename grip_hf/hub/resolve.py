@@ -32,12 +32,14 @@ class Resolved:
         scorer: The learned scorer, if it chooses.
         tower_scorer: The one that lies beside it, for the rows of the vision tower, if there is one.
         note: What was decided for the user, for the log and the handle's `repr`; "" if nothing was.
+        folder: Where what chooses came from, if it came from a folder.
     """
 
     config: GripConfig
     scorer: nn.Module | None = None
     note: str = ""
     tower_scorer: nn.Module | None = None
+    folder: str | None = None
 
 
 def resolve(
@@ -48,6 +50,7 @@ def resolve(
     overrides: dict[str, Any],
     hub: dict[str, Any],
     adapter: AdapterPart | None = None,
+    force: bool = False,
 ) -> Resolved:
     """The settings and the scorer that the arguments of `apply_grip` ask for.
 
@@ -56,9 +59,10 @@ def resolve(
         config: A `GripConfig`, or None; also what `old_spelling` takes.
         scorer: A scorer, its folder or Hub id, or None.
         selector: The selector's name, a callable, or None.
-        overrides: Settings that override those found; `force=True` takes a scorer of another model, with a warning.
+        overrides: Settings that override those found.
         hub: Where on the Hub to look: `revision`, `token`, ... (see `fetch`).
         adapter: What the active adapter was trained with, if anything; it comes before the base model's checkpoint.
+        force: Take a scorer of another model, with a warning.
 
     Raises:
         ConfigError: A setting is not allowed, or two that exclude each other are given.
@@ -67,7 +71,6 @@ def resolve(
     """
     overrides = dict(overrides)
     config = overrides.pop(OLD_NAME, config)
-    force = bool(overrides.pop("force", False))
     config, scorer = old_spelling(config, scorer)
     if isinstance(selector, str):
         overrides["selector"] = selector
@@ -78,7 +81,8 @@ def resolve(
     saved: GripConfig | None = None
     folder: str | None = None
     if isinstance(scorer, (str, os.PathLike)):
-        asked, folder = scorer, _folder(parts, scorer, hub, force)
+        asked = scorer
+        folder = _folder(parts, scorer, hub, force)
         saved, scorer = _load(folder)
         if scorer is None and saved is None:
             raise ScorerError(f"{os.fspath(asked)!r} holds no GRIP scorer")
@@ -93,12 +97,14 @@ def resolve(
         saved, scorer, folder = _attached(parts, adapter, given, hub)
     if config is None and saved is None and not overrides:
         raise ConfigError(
-            "apply_grip(model) needs a budget: give a GripConfig, keep_ratio=... or num_tokens=..., or the scorer=... "
-            f"whose settings were saved with it; the checkpoint of this model ({came_from(parts.owner)!r}) has no "
-            "GRIP part"
+            "apply_grip(model) needs a budget: give a GripConfig, keep_ratio=..., num_tokens=... or quality=..., or "
+            "the scorer=... whose settings were saved with it; the checkpoint of this model "
+            f"({came_from(parts.owner)!r}) has no GRIP part"
         )
     check_scorer(parts, scorer, force)
-    return dataclasses.replace(_decided(config, saved, scorer, selector, overrides), tower_scorer=_tower(folder))
+    folder = folder or getattr(getattr(scorer, "config", None), "_name_or_path", None) or None
+    decided = _decided(config, saved, scorer, selector, overrides)
+    return dataclasses.replace(decided, tower_scorer=_tower(folder), folder=folder)
 
 
 def _tower(folder: str | None) -> nn.Module | None:

@@ -17,7 +17,14 @@ from .download import check_kind, foreign_files, hub_errors, read_settings
 from .resolve import describe_base
 
 CARD = "README.md"
-OWN_FILES = ["grip_config.json", "config.json", "model*.safetensors", "model.safetensors.index.json", "tower/*"]
+OWN_FILES = [
+    "grip_config.json",
+    "quality.json",
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tower/*",
+]
 
 
 def save(handle: Any, directory: str | os.PathLike[str], **card: Any) -> None:

@@ -28,14 +28,14 @@ class Lesson:
         pixels: `[B, 3, H, H]`, uint8 or scaled to [-1, 1].
         dense: Labels `[B, N]` each.
         packed: Packed questions.
-        families: Their families.
+        kinds: Their kinds.
         side: Visual tokens on a side, in which the labels are given.
     """
 
     pixels: torch.Tensor
     dense: dict[str, torch.Tensor]
     packed: Packed
-    families: list[list[str]]
+    kinds: list[list[str]]
     side: int
 
     def to(self, device: torch.device) -> "Lesson":
@@ -66,7 +66,7 @@ def to_lesson(scenes: Sequence[Scene], testbed: Testbed = POCKET) -> Lesson:
         pixels=torch.from_numpy(np.ascontiguousarray(pixels)),
         dense=dense_targets(scenes, testbed, testbed.side),
         packed=pack([scene.questions for scene in scenes], WORD_IDS, testbed.tokens),
-        families=[[question.family for question in scene.questions] for scene in scenes],
+        kinds=[[question.kind for question in scene.questions] for scene in scenes],
         side=testbed.side,
     )
 

@@ -41,7 +41,7 @@ class Reply:
 class Comparison:
     """One line of the demo's table."""
 
-    family: str
+    kind: str
     question: str
     truth: str
     full: str
@@ -152,7 +152,7 @@ def _cell(selector: str, keep_ratio: float, scenes: Sequence[Scene], answers: Se
 def _side_by_side(
     model: Any, processor: LlavaProcessor, scenes: Sequence[Scene], config: GripConfig
 ) -> tuple[list[Comparison], Image.Image]:
-    """The table, and a picture of each scene beside what was kept for its first questions of different families."""
+    """The table, and a picture of each scene beside what was kept for its first questions of different kinds."""
     rows, sheet = [], []
     for scene in scenes:
         captions: dict[str, tuple[Image.Image, str]] = {}
@@ -164,7 +164,7 @@ def _side_by_side(
             kept = len(pruned.kept)
             rows.append(
                 Comparison(
-                    question.family,
+                    question.kind,
                     question.text,
                     question.answer,
                     full.text,
@@ -176,10 +176,8 @@ def _side_by_side(
                 )
             )
             caption = f"{question.text}\nfull: {full.text}   pruned: {pruned.text}"
-            captions.setdefault(
-                question.family, (draw_kept(scene.image, pruned.kept, (PATCHES, PATCHES), 384), caption)
-            )
-        best = [captions[family] for family in ("colour", "relation", "reading") if family in captions]
+            captions.setdefault(question.kind, (draw_kept(scene.image, pruned.kept, (PATCHES, PATCHES), 384), caption))
+        best = [captions[kind] for kind in ("colour", "relation", "reading") if kind in captions]
         whole = scene.image.resize((384, 384), Image.Resampling.LANCZOS)
         title = f"all {TOKENS} visual tokens\nright: {config.selector}, {config.keep_ratio:.0%} of them"
         sheet.append([(whole, title), *best])

@@ -143,21 +143,21 @@ def _kept(packed: Packed, keep: float) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def score(trainer: PocketTrainer, scenes: Sequence[Scene], batch: int = 50) -> dict[str, tuple[int, int]]:
-    """Right answers and questions per family, greedy and exact.
+def count_right(trainer: PocketTrainer, scenes: Sequence[Scene], batch: int = 50) -> dict[str, tuple[int, int]]:
+    """Right answers and questions per kind, greedy and exact.
 
     Runs with the true answer fed in: all its tokens win their argmax if and only if greedy decoding writes exactly it.
     """
     testbed = trainer.testbed
-    right, asked = dict.fromkeys(testbed.families, 0), dict.fromkeys(testbed.families, 0)
+    right, asked = dict.fromkeys(testbed.kinds, 0), dict.fromkeys(testbed.kinds, 0)
     for first in range(0, len(scenes), batch):
         lesson = to_lesson(scenes[first : first + batch], testbed).to(trainer.device)
         tokens, _ = trainer.look(lesson.pixels)
         logits, _ = trainer.speak(tokens, lesson.packed)
         wrong = (logits.argmax(-1) != lesson.packed.labels) & (lesson.packed.labels != IGNORE)
-        for b, families in enumerate(lesson.families):
+        for b, kinds in enumerate(lesson.kinds):
             failed = set(lesson.packed.segment[b, wrong[b]].tolist())
-            for s, family in enumerate(families):
-                asked[family] += 1
-                right[family] += s not in failed
-    return {family: (right[family], asked[family]) for family in testbed.families}
+            for s, kind in enumerate(kinds):
+                asked[kind] += 1
+                right[kind] += s not in failed
+    return {kind: (right[kind], asked[kind]) for kind in testbed.kinds}

@@ -11,7 +11,7 @@ from grip_hf.pocket.questions import Question
 
 PREFIX = 1 + TOKENS  # <s> and the visual tokens, of the first testbed
 IGNORE = -100
-TALLIED = ("presence", "count")  # families whose last word looks at the middle of every object of its kind
+TALLIED = ("presence", "count")  # questions whose last word looks at the middle of every object that it names
 
 
 @dataclass
@@ -70,7 +70,7 @@ def pack(questions: Sequence[Sequence[Question]], ids: dict[str, int], visual: i
             packed[b, start:end], segment[b, start:end] = tokens, s
             positions[b, start:end] = 1 + visual + np.arange(len(tokens))
             labels[b, start + asked - 1 : end - 1] = tokens[asked:]
-            tallied[b, start + asked - 1] = question.family in TALLIED
+            tallied[b, start + asked - 1] = question.kind in TALLIED
             for at, where in question.looks:
                 looks[b, start + at, list(where)] = True
             start = end

@@ -11,7 +11,7 @@ from grip_hf.pocket.places import Thing
 from grip_hf.pocket.splits import pair_is_held_out
 from grip_hf.pocket.vocabulary import CATEGORIES, COLOURS, COLUMNS, LETTERS, NUMBERS, ROWS
 
-FAMILIES = ("presence", "colour", "object", "yesno", "choice", "count", "relation", "where", "reading")
+QUESTION_KINDS = ("presence", "colour", "object", "yesno", "choice", "count", "relation", "where", "reading")
 CHANCE = {  # accuracy of the best answer that does not look at the picture
     "presence": 1 / 2,
     "colour": 1 / len(COLOURS),
@@ -34,14 +34,14 @@ class Question:
     """One question.
 
     Attributes:
-        family: One of `FAMILIES`.
+        kind: One of `QUESTION_KINDS`.
         text: The question, words separated by single spaces, the queried word last.
         answer: The answer in the same form.
         evidence: Visual tokens that suffice for the answer, fewest first to keep (the oracle).
         looks: For training: where the word at a position of "text answer" should look, as (position, visual tokens).
     """
 
-    family: str
+    kind: str
     text: str
     answer: str
     evidence: tuple[int, ...]
@@ -49,7 +49,7 @@ class Question:
 
 
 def ask(rng: np.random.Generator, items: Sequence[Thing], split: str) -> tuple[Question, ...]:
-    """Draw about ten questions for a layout; a family that the layout cannot give is left out."""
+    """Draw about ten questions for a layout; a kind that the layout cannot give is left out."""
     counts = Counter(item.category for item in items)
     single = single_items(items)
     absent = [name for i, name in enumerate(CATEGORIES) if i not in counts]
@@ -77,12 +77,12 @@ def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
-def _question(family: str, text: str, answer: str, evidence: Sequence[int], *looks: Sequence[Thing]) -> Question:
+def _question(kind: str, text: str, answer: str, evidence: Sequence[int], *looks: Sequence[Thing]) -> Question:
     """Build a question whose object words look at the given items."""
     words = text.split()
     named = {item.name: item for group in looks for item in group}
     pairs = tuple((i, tuple(named[word].patches)) for i, word in enumerate(words) if word in named)
-    return Question(family, text, answer, tuple(evidence), pairs)
+    return Question(kind, text, answer, tuple(evidence), pairs)
 
 
 def _presence(rng: np.random.Generator, items: Sequence[Thing], absent: Sequence[str]) -> list[Question]:
@@ -92,10 +92,10 @@ def _presence(rng: np.random.Generator, items: Sequence[Thing], absent: Sequence
     return [yes, no]
 
 
-def _about(family: str, text: str, answer: str, items: Sequence[Thing], name: str) -> Question:
+def _about(kind: str, text: str, answer: str, items: Sequence[Thing], name: str) -> Question:
     """A question whose last word names one or several items; it looks at the middles of all of them."""
     centres = tuple(item.centre for item in items if item.name == name)
-    return Question(family, text, answer, centres, ((len(text.split()) - 1, centres),))
+    return Question(kind, text, answer, centres, ((len(text.split()) - 1, centres),))
 
 
 def _colour(rng: np.random.Generator, single: Sequence[Thing]) -> Question | None:

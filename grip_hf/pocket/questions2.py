@@ -1,20 +1,20 @@
-"""Two families of questions that need several places at once, for scenes of the second testbed."""
+"""Two kinds of questions that need several places at once, for scenes of the second testbed."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from grip_hf.pocket.questions import CHANCE, FAMILIES, Question, ask, single_items
+from grip_hf.pocket.questions import CHANCE, QUESTION_KINDS, Question, ask, single_items
 from grip_hf.pocket.scatter import Placed
 from grip_hf.pocket.vocabulary import CATEGORIES
 
-FAMILIES2 = (*FAMILIES, "size", "owner")
+QUESTION_KINDS2 = (*QUESTION_KINDS, "size", "owner")
 CHANCE2 = {**CHANCE, "size": 1 / 2, "owner": 1 / len(CATEGORIES)}
 RATIO = 1.3  # of the sides of two objects, at least, to be asked which one is larger
 
 
 def ask_more(rng: np.random.Generator, items: Sequence[Placed], split: str) -> tuple[Question, ...]:
-    """Draw about twelve questions of all eleven families; one that the scene cannot give is left out."""
+    """Draw about twelve questions of all eleven kinds; one that the scene cannot give is left out."""
     return (*ask(rng, items, split), *_sizes(rng, items), *_owners(rng, items))
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from grip_hf.pocket.lessons import PocketTrainer, score
+from grip_hf.pocket.lessons import PocketTrainer, count_right
 from grip_hf.pocket.lessons2 import make_trainer
 from grip_hf.pocket.model import load_pocket
 from grip_hf.pocket.scenes import make_scene
@@ -17,7 +17,7 @@ from grip_hf.pocket.testbeds import POCKET, TESTBEDS
 from grip_hf.tables import Column, Table
 
 COLUMNS = (
-    Column("family", "family", left=True),
+    Column("kind", "kind", left=True),
     Column("right", "accuracy", "{:.1%}"),
     Column("chance", "chance", "{:.1%}"),
     Column("questions", "n"),
@@ -27,7 +27,7 @@ COLUMNS = (
 def accuracies(
     trainer: PocketTrainer, scenes: int, seed: int = 0, styles: Sequence[str] = STYLES[:2]
 ) -> dict[str, dict[str, float]]:
-    """Accuracy of the unpruned model, number of questions and chance level, per family, on held-out scenes.
+    """Accuracy of the unpruned model, number of questions and chance level, per kind, on held-out scenes.
 
     Args:
         trainer: Holds the model.
@@ -38,11 +38,11 @@ def accuracies(
     mode = trainer.training
     trainer.eval()
     testbed = trainer.testbed
-    counts = score(trainer, [make_scene(seed + i, "test", tuple(styles), testbed.name) for i in range(scenes)])
+    counts = count_right(trainer, [make_scene(seed + i, "test", tuple(styles), testbed.name) for i in range(scenes)])
     trainer.train(mode)
     return {
-        family: {"accuracy": right / max(asked, 1), "n": asked, "chance": testbed.chance[family]}
-        for family, (right, asked) in counts.items()
+        kind: {"accuracy": right / max(asked, 1), "n": asked, "chance": testbed.chance[kind]}
+        for kind, (right, asked) in counts.items()
     }
 
 
@@ -59,7 +59,7 @@ def report(
     chosen = tuple(style.strip() for style in styles.split(","))
     rows = accuracies(make_trainer(load_pocket(testbed)[0], testbed), scenes, seed, chosen)
     title = f"unpruned LLaVA of {testbed}, {scenes} held-out scenes from seed {seed}, styles {styles}"
-    Console().print(Table(COLUMNS, [{"family": family, **row} for family, row in rows.items()], title).rich())
+    Console().print(Table(COLUMNS, [{"kind": kind, **row} for kind, row in rows.items()], title).rich())
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grip_hf.pocket import places, scatter
-from grip_hf.pocket.questions import CHANCE, FAMILIES
-from grip_hf.pocket.questions2 import CHANCE2, FAMILIES2
+from grip_hf.pocket.questions import CHANCE, QUESTION_KINDS
+from grip_hf.pocket.questions2 import CHANCE2, QUESTION_KINDS2
 from grip_hf.pocket.vocabulary import MORE, vocabulary
 
 ASSETS = Path(__file__).parent / "assets"
@@ -19,15 +19,15 @@ class Testbed:
     Attributes:
         name: By which it is loaded.
         image_size: Pixels on a side of a scene's picture.
-        families: Families of questions.
-        chance: Accuracy of the best answer that does not look at the picture, by family.
+        kinds: Kinds of questions.
+        chance: Accuracy of the best answer that does not look at the picture, by kind.
         words: The tokenizer's tokens.
         weights: Folder of the shipped model and processor.
     """
 
     name: str
     image_size: int
-    families: tuple[str, ...]
+    kinds: tuple[str, ...]
     chance: Mapping[str, float]
     words: tuple[str, ...]
     weights: Path
@@ -43,8 +43,8 @@ class Testbed:
         return self.side**2
 
 
-POCKET = Testbed("pocket", places.IMAGE_SIZE, FAMILIES, CHANCE, vocabulary(), ASSETS / "model")
-POCKET2 = Testbed("pocket2", scatter.IMAGE_SIZE, FAMILIES2, CHANCE2, vocabulary(MORE), ASSETS / "model2")
+POCKET = Testbed("pocket", places.IMAGE_SIZE, QUESTION_KINDS, CHANCE, vocabulary(), ASSETS / "model")
+POCKET2 = Testbed("pocket2", scatter.IMAGE_SIZE, QUESTION_KINDS2, CHANCE2, vocabulary(MORE), ASSETS / "model2")
 TESTBEDS = {testbed.name: testbed for testbed in (POCKET, POCKET2)}
 
 

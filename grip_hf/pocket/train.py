@@ -37,7 +37,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / max(total, 1))))
 
 
-def train(
+def train_pocket(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished model.")],
     testbed: Annotated[str, typer.Option(help='Whose model: "pocket" or "pocket2".')] = POCKET.name,
     see_steps: Annotated[int, typer.Option(help="Steps of stage see.")] = 1500,
@@ -72,7 +72,7 @@ def train(
             if accelerator.is_main_process and (stage != "see" or chosen is POCKET):
                 rows = accuracies(trainer, eval_scenes)
                 (output / f"accuracy_{stage}.json").write_text(json.dumps(rows, indent=2) + "\n")
-                tqdm.write("  ".join(f"{family} {row['accuracy']:.3f}" for family, row in rows.items()))
+                tqdm.write("  ".join(f"{kind} {row['accuracy']:.3f}" for kind, row in rows.items()))
             accelerator.wait_for_everyone()
         first += steps
     if accelerator.is_main_process:
@@ -155,4 +155,4 @@ class Course:
 
 
 if __name__ == "__main__":
-    typer.run(train)
+    typer.run(train_pocket)

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import register
-from .inside import InsideSelector
+from .inside import InsideSelector, layer_at
+
+PAPER = 2 / 32
 
 
 @register("fastv")
@@ -17,17 +19,19 @@ class FastVSelector(InsideSelector):
     average over heads, in the last of these layers.
 
     Args:
-        layers: Layers with all tokens, >= 1; the paper's 2 by default.
+        layers: Layers with all tokens, >= 1; None takes the share of the paper's 2 of 32 (see `layer_at`), which is 2
+            up to 47 layers.
     """
 
-    def __init__(self, layers: int = 2) -> None:
-        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+    def __init__(self, layers: int | None = None) -> None:
+        if layers is not None and (isinstance(layers, bool) or not isinstance(layers, int) or layers < 1):
             raise ConfigError(f"layers must be an integer >= 1, got {layers!r}")
         self.layers = layers
 
     def stages(self, depth: int) -> list[tuple[int, int]]:
         """One drop, ranked by the layer before it."""
-        return [(self.layers - 1, self.layers)]
+        layers = layer_at(PAPER, depth) if self.layers is None else self.layers
+        return [(layers - 1, layers)]
 
     def left(self, totals: Tensor, budgets: Tensor, stage: int, stages: int) -> Tensor:
         """The budget."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import register
-from .inside import InsideSelector
+from .inside import InsideSelector, layer_at
 
 
 @register("pyramiddrop")
@@ -20,7 +20,7 @@ class PyramidDropSelector(InsideSelector):
     token in the layer that comes next. The share is such that the budget is left after the last drop.
 
     Args:
-        depths: Where, as shares of the number of layers; the paper's 8, 16 and 24 of 32 by default.
+        depths: Where, as shares of the number of layers (see `layer_at`); the paper's 8, 16 and 24 of 32 by default.
     """
 
     def __init__(self, depths: Sequence[float] = (0.25, 0.5, 0.75)) -> None:
@@ -30,8 +30,8 @@ class PyramidDropSelector(InsideSelector):
         self.depths = depths
 
     def stages(self, depth: int) -> list[tuple[int, int]]:
-        """Drops at the given depths, each ranked by the layer that comes next."""
-        return [(int(share * depth), int(share * depth)) for share in self.depths]
+        """Drops at the given depths, each ranked by the layer that comes next; depths that coincide count once."""
+        return [(layer, layer) for layer in dict.fromkeys(layer_at(share, depth) for share in self.depths)]
 
     def left(self, totals: Tensor, budgets: Tensor, stage: int, stages: int) -> Tensor:
         """Falls by the same factor at every drop."""

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ..engine.keepsets import VisualBatch
 from . import register
+from .inside import EARLIEST
 from .pyramiddrop import PyramidDropSelector
 from .words import words_behind
-
-EARLIEST = 1  # index of the first layer that may rank
 
 
 @register("sparsevlm")
@@ -27,9 +26,8 @@ class SparseVLMSelector(PyramidDropSelector):
     figures of the paper.
 
     Args:
-        depths: Layers that rank, as shares of their number; the paper's 2, 6 and 15 of 32 by default. None is before
-            the second layer, the one that ranks in FastV: in models of few layers the paper's shares would rank in
-            the first, where words have not looked at each other yet.
+        depths: Layers that rank, as shares of their number; the paper's 2, 6 and 15 of 32 by default. The drop comes
+            after them, no earlier than in the other methods (see `inside.layer_at`).
     """
 
     def __init__(self, depths: Sequence[float] = (2 / 32, 6 / 32, 15 / 32)) -> None:
@@ -37,7 +35,7 @@ class SparseVLMSelector(PyramidDropSelector):
 
     def stages(self, depth: int) -> list[tuple[int, int]]:
         """Drops after the layers that rank; depths that fall together count once."""
-        ranking = dict.fromkeys(max(EARLIEST, int(share * depth)) for share in self.depths)
+        ranking = dict.fromkeys(max(EARLIEST - 1, int(share * depth)) for share in self.depths)
         return [(layer, layer + 1) for layer in ranking]
 
     def asking(self, batch: VisualBatch) -> Tensor:

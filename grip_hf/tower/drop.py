@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import upstream
+from ..engine.budget import Budget
 from ..engine.choice import Score
-from ..engine.context import Budget, Hook, prompt_of_generation, running
+from ..engine.context import Hook, prompt_of_generation, running
 from ..engine.keepsets import VisualBatch
 from ..engine.taps import encoder, publish
 from ..errors import GripError

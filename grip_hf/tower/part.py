@@ -8,7 +8,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from ..config import GripConfig
-from ..engine.context import Budget
+from ..engine.budget import Budget
+from ..engine.context import asked_of
 from .rows import checked, drops_rows
 
 if TYPE_CHECKING:
@@ -55,18 +56,21 @@ class TowerPart:
             self.boundary.tower = drops
             self.boundary.attach_tower(drops.hooks(), drops.methods())
 
-    def budget(self, keep_ratio: Any, num_tokens: Any, tower_keep_ratio: Any) -> Budget:
+    def budget(
+        self, keep_ratio: Any, num_tokens: Any, tower_keep_ratio: Any, quality: Any = None, rule: Any = None
+    ) -> Budget:
         """The budget that a user gives, beside what holds by now; its hooks are registered.
 
         Raises:
             ConfigError, UnsupportedModelError: See `GripHandle.budget`.
         """
-        now = self.boundary.budget()
+        now = asked_of(self.boundary)
         if tower_keep_ratio is None:
-            return dataclasses.replace(Budget.checked(keep_ratio, num_tokens), tower_keep_ratio=now.tower_keep_ratio)
-        if keep_ratio is None and num_tokens is None:
-            keep_ratio, num_tokens = now.keep_ratio, now.num_tokens
-        budget = checked(keep_ratio, num_tokens, tower_keep_ratio)
+            asked = Budget.checked(keep_ratio, num_tokens, quality, rule)
+            return dataclasses.replace(asked, tower_keep_ratio=now.tower_keep_ratio)
+        if keep_ratio is None and num_tokens is None and quality is None:
+            keep_ratio, num_tokens, quality, rule = now.keep_ratio, now.num_tokens, now.quality, rule or now.rule
+        budget = checked(keep_ratio, num_tokens, tower_keep_ratio, quality, rule)
         with _attaching:
             if drops_rows(budget) and self.boundary.tower is None:
                 self.attach(self._make())

@@ -5,19 +5,22 @@ The tower never drops so many that the language model's budget could not be met.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 from ..config import AUTO, check_tower, check_tower_ratio, tower_ratio_for
-from ..engine.context import Budget
+from ..engine.budget import Budget
 
 
-def checked(keep_ratio: Any, num_tokens: Any, tower_keep_ratio: Any) -> Budget:
+def checked(
+    keep_ratio: Any, num_tokens: Any, tower_keep_ratio: Any, quality: Any = None, rule: str | None = None
+) -> Budget:
     """Validate a budget of both kinds given by a user; raise `ConfigError` if it is not allowed."""
     tower = check_tower(tower_keep_ratio)
-    budget = Budget.checked(keep_ratio, num_tokens)
+    budget = Budget.checked(keep_ratio, num_tokens, quality, rule)
     check_tower_ratio(tower, needed(budget) or 0.0)
-    return Budget(budget.keep_ratio, budget.num_tokens, tower_keep_ratio=tower)
+    return dataclasses.replace(budget, tower_keep_ratio=tower)
 
 
 def needed(budget: Budget) -> float | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..engine.budget import Budget
 from ..engine.call import Call
-from ..engine.context import Budget, CallContext
+from ..engine.context import CallContext
 from ..engine.keepsets import spread_taps
 from ..engine.taps import attached_taps
 from ..engine.upstream import ENCODERS, encoded_outputs

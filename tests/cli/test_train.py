@@ -101,6 +101,24 @@ def test_a_bad_row_is_named_before_training_and_can_be_left_out(command, model_f
 
 
 @TRAINING
+@pytest.mark.slow
+def test_rows_that_stream_and_pictures_that_stay(command, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    made = Dataset.from_list([{name: row[name] for name in ("image", "prompt", "answer")} for row in rows(60)])
+    made.to_parquet(str(tmp_path / "rows.parquet"))
+    words = ["--model", model_folder, "--dataset", tmp_path / "rows.parquet", "--examples", "16", "--streaming"]
+    words += [*SMALL, *SCORER, "--eval-examples", "4", "--pictures", tmp_path / "pictures"]
+    done = command("--output", tmp_path / "run", *words)
+    assert done.exit_code == 0 and "20 questions" in done.output, done.output
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
+    assert len(list((tmp_path / "pictures").rglob("*.safetensors"))) > 1
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())["plan"]
+    assert plan["data"]["streaming"] is True and plan["questions"] <= 16
+    done = command("--output", tmp_path / "run", *(word for word in words if word != "--streaming"))
+    assert done.exit_code == 2 and "streaming" in done.output
+
+
+@TRAINING
 def test_options_of_trl_reach_it(command, model_folder, tmp_path):
     words = ["--pocket", "--pocket-model", model_folder, "--examples", "18", "--eval-examples", "0", *SMALL, *SCORER]
     done = command("--output", tmp_path, *words, "--gradient_accumulation_steps", "2", "--top-entropy-quantile", "0.5")

@@ -37,7 +37,7 @@ class Counter:
 
 
 def upstream_counts_windows(model):
-    return "sliding_attention" in model.config.get_text_config().layer_types
+    return "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
 
 
 def generate(model, inputs, **kwargs):
@@ -60,7 +60,9 @@ def test_generate_at_a_fixed_budget(family):
         config = CompileConfig(fullgraph=True, backend=counter, mode=None, dynamic=False)
         config._compile_all_devices = True  # transformers compiles on GPUs only, unless told so
         for one, plain in zip((inputs, others), expected, strict=True):
-            out = generate(model, one, compile_config=config)
+            # Nothing is compiled twice, the hooks either.
+            with torch._dynamo.config.patch(error_on_recompile=not upstream_counts_windows(model)):
+                out = generate(model, one, compile_config=config)
             assert torch.equal(out.sequences, plain.sequences)
             torch.testing.assert_close(torch.stack(out.logits), torch.stack(plain.logits), **LOOSE.get(family, CLOSE))
         assert counter.breaks == 0

@@ -5,10 +5,12 @@ import torch
 
 from grip_hf.config import count_kept
 from grip_hf.engine.arguments import compact_positions
-from grip_hf.engine.context import Budget
+from grip_hf.engine.budget import Budget
+from grip_hf.engine.choice import counts_of
 from grip_hf.engine.keepsets import group_tokens, spread_taps
 from grip_hf.engine.masks import KeyMap, Window, causal_4d, mask_2d, mask_4d
 from grip_hf.engine.plan import expand, grow_output, growth, identity_plan, make_plan, source_slots, take, take_last
+from grip_hf.engine.reading import keeps_apart
 from grip_hf.errors import ConfigError, GripError
 
 
@@ -125,6 +127,26 @@ def test_causal_mask_from_scratch(seed, reach, packed):
                 assert bool(mask[row, 0, query, column]) == seen
 
 
+def test_whether_a_mask_keeps_packed_rows_apart():
+    """Two sequences of a row, of 3 and 4 tokens; sliding layers see 2 positions."""
+    number, reach = [0, 0, 0, 1, 1, 1, 1], 2
+    segments = torch.tensor([number])
+
+    def mask(see):
+        return torch.tensor([[[[see(q, k) for k in range(7)] for q in range(7)]]])
+
+    apart = mask(lambda q, k: k <= q and number[k] == number[q])
+    whole = mask(lambda q, k: k <= q)
+    window = mask(lambda q, k: q - reach < k <= q and number[k] == number[q])
+    shifted = mask(lambda q, k: (q - reach < k <= q and number[k] == number[q]) or (q, k) == (4, 5))
+    additive = torch.zeros(apart.shape).masked_fill(~apart, torch.finfo(torch.float).min)
+    assert keeps_apart(apart, segments, None) and keeps_apart(additive, segments, None)
+    assert keeps_apart({"full_attention": apart, "sliding_attention": window}, segments, reach)
+    assert not keeps_apart(whole, segments, None) and not keeps_apart(apart[..., :5], segments, None)
+    for sliding in (mask(lambda q, k: q - reach < k <= q), shifted, None):
+        assert not keeps_apart({"full_attention": apart, "sliding_attention": sliding}, segments, reach)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_groups_of_samples_and_images(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -169,7 +191,7 @@ def test_budgets_count_per_group():
         return False
 
     def counts(budget, totals, rows, batch, repeated):
-        return budget.counts(torch.tensor(totals), torch.tensor(rows), batch, repeated).tolist()
+        return counts_of(budget, torch.tensor(totals), torch.tensor(rows), batch, repeated).tolist()
 
     assert counts(Budget(keep_ratio=0.5), [4, 5, 1], [0, 1, 2], 3, never) == [2, 3, 1]
     assert counts(Budget(num_tokens=(1, 9)), [4, 4, 4], [0, 0, 1], 2, bool) == [1, 1, 4]

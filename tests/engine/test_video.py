@@ -4,7 +4,7 @@ import pytest
 import torch
 from matrix import VIDEO, lacking
 from reference import assert_close, reference_logits
-from tiny import IMAGE_ID, VIDEO_ID, build, select_by_content
+from tiny import IMAGE_ID, TINY, VIDEO_ID, build, select_by_content
 from versions import ABSENT, FLAT_FRAMES
 
 from grip_hf import apply_grip, remove_grip
@@ -162,3 +162,41 @@ def test_half_of_a_video_equals_the_masked_model(family, attention):
     assert int(seen[0].image_index[seen[0].mask].min()) == 0
     positions = seen[0].positions[seen[0].mask]
     assert bool(((positions >= 0) & (positions <= 1)).all())
+
+
+MIXED = ("llava_onevision", "llava_next_video", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "video_llava", "exaone4_5")
+
+
+@pytest.mark.parametrize("scope", ["sample", "image"])
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=pytest.mark.slow if one in SLOW else []) for one in MIXED if one not in ABSENT]
+)
+def test_a_picture_and_a_video_in_one_prompt(family, scope):
+    """Both are pruned, and the rest equals the masked model; a budget is shared by them, or each has its own."""
+    arguments, ids = VIDEOS[family]()
+    pixels, (picture,) = TINY[family].pictures(1, 0)
+    ids = torch.tensor([[5, 6, *picture, 7, *ids, 8, 9]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels, **arguments}
+    if family in KINDS:
+        kinds = torch.where(ids == IMAGE_ID, 1, 0)
+        inputs["mm_token_type_ids"] = torch.where(ids == VIDEO_ID, KINDS[family], kinds).int()
+    model = build(family)
+    positions = torch.arange(ids.shape[1])[None]
+    if "video_grid_thw" in inputs and hasattr(model.model, "get_rope_index"):
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+        positions = model.model.get_rope_index(**{name: inputs[name] for name in names})[0]
+    with torch.no_grad():
+        apply_grip(model, keep_ratio=0.5, selector=select_by_content, scope=scope)
+        logits = model(**inputs).logits
+        stays, images = model.grip.last.held, ids[0] == IMAGE_ID
+        videos = ids[0] == VIDEO_ID
+        expected = reference_logits(remove_grip(model), inputs, stays, positions)
+    assert_close(family, logits[stays], expected[stays])
+    count = [int((stays[0] & one).sum()) for one in (images, videos)]
+    total = [int(images.sum()), int(videos.sum())]
+    assert total[0] and total[1]
+    if scope == "sample":
+        assert sum(count) == int(sum(total) * 0.5 + 0.5)
+    else:
+        assert all(0 < here < there for here, there in zip(count, total, strict=True))
+        assert abs(sum(count) - sum(total) / 2) <= FRAMES + 1

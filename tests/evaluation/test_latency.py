@@ -183,6 +183,21 @@ def test_flops_follow_tokens_dropped_inside_the_model():
     assert prefill_flops(language_model, dropped) == pytest.approx(sum(halves))
 
 
+def test_rows_tell_where_tokens_are_dropped_and_how_many_are_computed():
+    """Where another model has FastV's 2 of 4 layers, a model of 2 has 1 of 2."""
+    found = run_bench("tiny", ["fastv", "grid", "pooled"], [4], rounds=1, decode_tokens=1, depth_of=4)
+    rows = {row["selector"]: row for row in found["rows"]}
+    assert rows["fastv"]["drops"] == [1] and all(row["layers"] == 2 for row in rows.values())
+    assert rows["grid"]["drops"] is None and rows["pooled"]["drops"] is None
+    text = found["setting"]["text_tokens"]
+    whole = text + found["setting"]["visual_tokens"]
+    assert rows["grid"]["token_layers"] == pytest.approx((text + 4) / whole) == rows["pooled"]["token_layers"]
+    assert rows["fastv"]["token_layers"] == pytest.approx((whole + text + 4) / (2 * whole))
+    assert rows["pooled"]["kept"] == 4
+    with pytest.raises(ConfigError, match="depth_of must be an integer >= 1, got 0"):
+        run_bench("tiny", ["fastv"], [4], depth_of=0)
+
+
 def test_peak_memory_sees_an_allocation():
     with peak_memory(torch.device("cpu")) as peak:
         before = peak()

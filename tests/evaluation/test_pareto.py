@@ -68,6 +68,30 @@ def test_files_of_the_same_questions_are_merged():
 
 
 @pytest.mark.parametrize(
+    ("drops", "layers", "message"),
+    [
+        ([4], 12, None),
+        ([2], 6, None),
+        (None, 12, None),
+        ([2], 12, r"drops at layers \[2\] of 6, and .* at \[2\] of 12"),
+    ],
+)
+def test_accuracy_and_time_are_of_the_same_share_of_layers(drops, layers, message):
+    accuracy, times = judged(fastv=(0.9, 0.8, 0.7)), timed(fastv=(0.5, 0.3, 0.2))
+    for row in accuracy["rows"]:
+        if row["selector"] == "fastv":
+            row.update(drops=[2], layers=6)
+    if drops is not None:
+        for row in times["rows"]:
+            row.update(drops=drops, layers=layers)
+    if message is None:
+        assert [point.ms for point in join(accuracy, [times])[1:]] == [50.0, 30.0, 20.0]
+        return
+    with pytest.raises(ConfigError, match=message + ".*--depth-of 6 --selectors fastv"):
+        join(accuracy, [times])
+
+
+@pytest.mark.parametrize(
     ("accuracy", "times", "message"),
     [
         (judged(grid=(0.9, 0.8, 0.7)), [timed()], "no time of 'grid' at 20 tokens.*--selectors grid --budgets 0.5"),

@@ -226,6 +226,10 @@ def test_a_patched_model_warns_of_what_was_trained_otherwise(tmp_path):
         _, said = put_around(model, tmp_path / folder)
         ours = [one for one in said if one.startswith("the adapter")]
         assert [words in one for one in ours] == ([] if words is None else [True]), (selector, folder, ours)
+    saved(tmp_path / "learnt", scorer=scorer(), num_tokens=5)
+    for seed, warned in ((0, 0), (1, 1)):  # the same settings; then another scorer
+        _, said = put_around(apply_grip(build("llava"), scorer=scorer(seed), num_tokens=3), tmp_path / "learnt")
+        assert sum(one.startswith("the adapter 'default' was trained with other settings") for one in said) == warned
 
 
 def test_a_damaged_part_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from grip_hf.pocket import load_pocket, make_scene
 from grip_hf.pocket.batches import to_lesson
 from grip_hf.pocket.demo import ask_all
 from grip_hf.pocket.examples import PocketExamples
-from grip_hf.pocket.lessons import score
+from grip_hf.pocket.lessons import count_right
 from grip_hf.pocket.lessons2 import make_trainer
 from grip_hf.pocket.report import accuracies
 from grip_hf.pocket.testbeds import POCKET2
@@ -54,7 +54,7 @@ def test_scoring_with_the_answer_fed_in_counts_what_generate_gets_right(pocket2)
     answers = ask_all(model, processor, SCENES)
     questions = [question for scene in SCENES for question in scene.questions]
     right = [a == q.answer for q, a in zip(questions, answers, strict=True)]
-    counts = score(make_trainer(model, "pocket2"), SCENES)
+    counts = count_right(make_trainer(model, "pocket2"), SCENES)
     assert sum(hits for hits, _ in counts.values()) == sum(right) >= 0.9 * len(right)
     assert sum(asked for _, asked in counts.values()) == len(right)
 
@@ -80,28 +80,28 @@ def test_smaller_pictures_are_trained_as_they_are_evaluated(pocket2):
 
 def test_examples_of_either_testbed():
     rows = PocketExamples(22, seed=3, split="test", testbed="pocket2")
-    assert {rows[row].columns["task"] for row in range(22)} == set(POCKET2.families)
+    assert {rows[row].columns["task"] for row in range(22)} == set(POCKET2.kinds)
     assert rows.look(0)[0].image.size == (256, 256)
     assert max(max(rows[row].columns["evidence"]) for row in range(22)) < 256
 
 
 def stated():
-    """Accuracy in % per family from the README's table of the second testbed."""
+    """Accuracy in % per kind from the README's table of the second testbed."""
     lines = README.read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if re.match(r"\| family +\| presence", line))
+    start = next(i for i, line in enumerate(lines) if re.match(r"\| kind +\| presence", line))
     names, figures = ([cell.strip() for cell in lines[i].strip("|").split("|")] for i in (start, start + 2))
     return {name: float(figure) for name, figure in zip(names[1:], figures[1:], strict=True)}
 
 
-def test_the_readme_states_every_family():
-    assert set(stated()) == set(POCKET2.families)
+def test_the_readme_states_every_kind():
+    assert set(stated()) == set(POCKET2.kinds)
 
 
 @pytest.mark.slow
 def test_it_reaches_what_the_readme_states(pocket2):
     """On 200 other scenes, within four standard errors and one wrong answer."""
     rows = accuracies(make_trainer(pocket2[0], "pocket2"), 200, seed=50_000)
-    for family, percent in stated().items():
-        share, n = percent / 100, rows[family]["n"]
+    for kind, percent in stated().items():
+        share, n = percent / 100, rows[kind]["n"]
         slack = 4 * (share * (1 - share) / n) ** 0.5 + 1 / n
-        assert rows[family]["accuracy"] >= share - slack, (family, rows[family])
+        assert rows[kind]["accuracy"] >= share - slack, (kind, rows[kind])

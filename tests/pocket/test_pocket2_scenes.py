@@ -118,7 +118,7 @@ def answer_by_looking(scene, question):
     words = question.text.split()
     named = {item.name: item for item in scene.items}
     count = sum(item.name == words[-1] for item in scene.items)
-    match question.family:
+    match question.kind:
         case "presence":
             return "yes" if count else "no"
         case "colour":
@@ -160,18 +160,18 @@ def test_answers_are_right_and_in_the_vocabulary():
         for question in scene.questions:
             assert question.answer == answer_by_looking(scene, question), question
             assert set(f"{question.text} {question.answer}".split()) <= known
-            if question.family in single:
+            if question.kind in single:
                 assert all(counts[word] <= 1 for word in question.text.split())
 
 
-def test_every_family_comes_up_and_answers_are_balanced():
+def test_every_kind_comes_up_and_answers_are_balanced():
     questions = [question for scene in EVERY for question in scene.questions]
-    assert {question.family for question in questions} == set(POCKET2.families) == set(POCKET2.chance)
-    for family, answers in (("presence", 2), ("yesno", 2), ("relation", 4), ("count", 4), ("where", 4)):
-        said = [question.answer for question in questions if question.family == family]
+    assert {question.kind for question in questions} == set(POCKET2.kinds) == set(POCKET2.chance)
+    for kind, answers in (("presence", 2), ("yesno", 2), ("relation", 4), ("count", 4), ("where", 4)):
+        said = [question.answer for question in questions if question.kind == kind]
         most = max(said.count(answer) for answer in set(said))
-        assert len(set(said)) == answers and most / len(said) < 1 / answers + 0.25, family
-    first = [q.answer == q.text.split()[4] for q in questions if q.family == "size"]
+        assert len(set(said)) == answers and most / len(said) < 1 / answers + 0.25, kind
+    first = [q.answer == q.text.split()[4] for q in questions if q.kind == "size"]
     assert 0.4 < sum(first) / len(first) < 0.6
 
 
@@ -180,7 +180,7 @@ def test_evidence_lies_on_the_objects_asked_about():
         for question in scene.questions:
             named = [item for item in scene.items if item.name in f"{question.text} {question.answer}".split()]
             assert set(question.evidence) <= {token for item in named for token in item.cell}, question
-            assert bool(question.evidence) == (question.answer != "no" or question.family == "yesno")
+            assert bool(question.evidence) == (question.answer != "no" or question.kind == "yesno")
             assert {token for _, where in question.looks for token in where} <= set(question.evidence)
 
 

@@ -14,10 +14,10 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from grip_hf.pocket import load_pocket_llava, make_scene
 from grip_hf.pocket.batches import to_lesson
 from grip_hf.pocket.demo import ask_all
-from grip_hf.pocket.lessons import PocketTrainer, score
+from grip_hf.pocket.lessons import PocketTrainer, count_right
 from grip_hf.pocket.model import WEIGHTS, build_model
 from grip_hf.pocket.names import LEVEL, TOWER, name_for_all_readers
-from grip_hf.pocket.questions import FAMILIES
+from grip_hf.pocket.questions import QUESTION_KINDS
 from grip_hf.pocket.testbeds import get_testbed
 
 SCENES = [make_scene(seed) for seed in range(1000, 1008)]
@@ -64,10 +64,10 @@ def test_it_answers_most_questions(pocket):
     model, processor = pocket
     answers = ask_all(model, processor, SCENES)
     questions = [question for scene in SCENES for question in scene.questions]
-    right = {family: [] for family in FAMILIES}
+    right = {kind: [] for kind in QUESTION_KINDS}
     for question, answer in zip(questions, answers, strict=True):
-        right[question.family].append(answer == question.answer)
-    rates = {family: sum(hits) / len(hits) for family, hits in right.items()}
+        right[question.kind].append(answer == question.answer)
+    rates = {kind: sum(hits) / len(hits) for kind, hits in right.items()}
     assert all(rate >= 0.5 for rate in rates.values()), rates
     assert sum(map(sum, right.values())) / len(questions) >= 0.85, rates
 
@@ -76,10 +76,10 @@ def test_scoring_with_the_answer_fed_in_counts_what_generate_gets_right(pocket):
     model, processor = pocket
     answers = ask_all(model, processor, SCENES)
     questions = [question for scene in SCENES for question in scene.questions]
-    counts = score(PocketTrainer(model), SCENES)
-    for family in FAMILIES:
-        mine = [a == q.answer for q, a in zip(questions, answers, strict=True) if q.family == family]
-        assert counts[family] == (sum(mine), len(mine)), family
+    counts = count_right(PocketTrainer(model), SCENES)
+    for kind in QUESTION_KINDS:
+        mine = [a == q.answer for q, a in zip(questions, answers, strict=True) if q.kind == kind]
+        assert counts[kind] == (sum(mine), len(mine)), kind
 
 
 def test_training_pixels_are_what_the_processor_gives(pocket):
@@ -123,5 +123,5 @@ def test_training_goes_on_where_it_stopped_and_repeats_by_seed(testbed, second, 
     assert whole.keys() == parts.keys()
     for name, weight in whole.items():
         torch.testing.assert_close(parts[name], weight, msg=lambda text, name=name: f"{name}: {text}")
-    families = get_testbed(testbed).families
-    assert set(json.loads((tmp_path / "whole" / "accuracy_both.json").read_text())) == set(families)
+    kinds = get_testbed(testbed).kinds
+    assert set(json.loads((tmp_path / "whole" / "accuracy_both.json").read_text())) == set(kinds)

@@ -6,7 +6,7 @@ import pytest
 from grip_hf.pocket.dense import dense_labels
 from grip_hf.pocket.packing import IGNORE, PREFIX, pack
 from grip_hf.pocket.places import CELL_SIZE, IMAGE_SIZE, PATCH_SIZE, PATCHES
-from grip_hf.pocket.questions import CHANCE, FAMILIES
+from grip_hf.pocket.questions import CHANCE, QUESTION_KINDS
 from grip_hf.pocket.scenes import make_scene
 from grip_hf.pocket.splits import WORDS, pair_is_held_out, word_is_held_out
 from grip_hf.pocket.vocabulary import CATEGORIES, COLOURS, NUMBERS, vocabulary
@@ -63,7 +63,7 @@ def answer_by_looking(scene, question):
     words = question.text.split()
     named = {item.name: item for item in scene.items}
     count = sum(item.name == words[-1] for item in scene.items)
-    match question.family:
+    match question.kind:
         case "presence":
             return "yes" if count else "no"
         case "colour":
@@ -103,16 +103,16 @@ def test_evidence_lies_on_the_objects_asked_about():
             named = [item for item in scene.items if item.name in f"{question.text} {question.answer}".split()]
             allowed = {token for item in named for token in item.cell}
             assert set(question.evidence) <= allowed, question
-            assert bool(question.evidence) == (question.answer != "no" or question.family == "yesno")
+            assert bool(question.evidence) == (question.answer != "no" or question.kind == "yesno")
 
 
-def test_every_family_comes_up_and_answers_are_balanced():
+def test_every_kind_comes_up_and_answers_are_balanced():
     questions = [question for scene in EVERY for question in scene.questions]
-    assert {question.family for question in questions} == set(FAMILIES) == set(CHANCE)
-    for family, answers in (("presence", 2), ("yesno", 2), ("relation", 4), ("count", 4), ("where", 4)):
-        said = [question.answer for question in questions if question.family == family]
+    assert {question.kind for question in questions} == set(QUESTION_KINDS) == set(CHANCE)
+    for kind, answers in (("presence", 2), ("yesno", 2), ("relation", 4), ("count", 4), ("where", 4)):
+        said = [question.answer for question in questions if question.kind == kind]
         most = max(said.count(answer) for answer in set(said))
-        assert len(set(said)) == answers and most / len(said) < 1 / answers + 0.25, family
+        assert len(set(said)) == answers and most / len(said) < 1 / answers + 0.25, kind
 
 
 def test_dense_labels_name_what_lies_there():

@@ -13,6 +13,7 @@ from versions import CACHE
 from grip_hf import apply_grip, remove_grip
 from grip_hf.errors import ConfigError, GripError, UnsupportedModelError
 from grip_hf.selectors import get_selector
+from grip_hf.selectors.inside import AtDepth
 
 DEPTH = 5
 PROMPTS = [[3, tiny.IMAGE, 4], [tiny.IMAGE, 2, tiny.IMAGE, 3, 5]]
@@ -276,6 +277,43 @@ def test_a_failed_call_leaves_nothing_behind():
         assert torch.equal(after, model(input_ids=token, **{CACHE: again[CACHE]}).logits)
 
 
+def test_one_rule_of_depth():
+    """The papers' shares of 32 layers, and nothing gone before the third layer."""
+    drops = {name: [drop for _, drop in get_selector(name).stages(32)] for name in METHODS}
+    assert drops == {"fastv": [2], "sparsevlm": [3, 7, 16], "pyramiddrop": [8, 16, 24]}
+    for depth in (3, 4, 6, 12, 28, 40, 80):
+        for name in METHODS:
+            stages = get_selector(name).stages(depth)
+            assert min(drop for _, drop in stages) >= 2
+            assert len({drop for _, drop in stages}) == len(stages) and all(rank <= drop for rank, drop in stages)
+    assert get_selector("pyramiddrop").stages(4) == [(2, 2), (3, 3)]
+    assert get_selector("fastv").stages(64) == [(3, 4)] and get_selector("fastv", layers=1).stages(64) == [(0, 1)]
+
+
+def test_drops_move_to_the_same_shares_of_another_depth():
+    for name, stages in {
+        "fastv": [(5, 6)],
+        "sparsevlm": [(5, 6)],
+        "pyramiddrop": [(6, 6), (9, 9)],
+    }.items():  # of 12 layers, where a model of 4 has [2], [2] and [2, 3]
+        moved = AtDepth(get_selector(name), 4)
+        assert moved.stages(12) == stages and moved.name == name
+        assert moved.stages(4) == get_selector(name).stages(4)
+        assert moved.held(144, 16, 12)[stages[0][1] - 1 : stages[0][1] + 1][0] == 144
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_each_layer_holds_is_what_its_cache_holds(name):
+    model, inputs = build("sdpa"), tiny.make_inputs("llava", PROMPTS[:1])
+    apply_grip(model, selector=AtDepth(get_selector(name, **METHODS[name][0]), DEPTH), num_tokens=3)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True)[CACHE]
+    sizes = [layer.keys.shape[-2] for layer in cache.layers]
+    texts = inputs["input_ids"].shape[1] - 16
+    assert sizes == [texts + held for held in get_selector(name, **METHODS[name][0]).held(16, 3, DEPTH)]
+    assert len(set(sizes)) > 1
+
+
 def test_bad_use_is_refused():
     with pytest.raises(GripError, match="'fastv' drops tokens inside the language model: use it through apply_grip"):
         get_selector("fastv")(one_group())
@@ -286,9 +324,3 @@ def test_bad_use_is_refused():
     model = build("sdpa")
     with pytest.raises(UnsupportedModelError, match=r"at layers \[\(8, 9\)\], this model has 5"):
         apply_grip(model, selector="fastv", selector_kwargs={"layers": 9}, num_tokens=4)
-    apply_grip(model, selector="fastv", num_tokens=4)
-    inputs = tiny.make_inputs("llava", PROMPTS[:1])
-    cache = model(**inputs, use_cache=True)[CACHE]
-    twice = {**inputs, "attention_mask": torch.ones(1, 2 * inputs["input_ids"].shape[1], dtype=torch.long)}
-    with pytest.raises(GripError, match="cannot take pictures after the first call"):
-        model(**twice, **{CACHE: cache})

@@ -94,6 +94,7 @@ def test_these_selectors_read_no_question(selector, tmp_path):
         ({"keep_ratio": 0}, "keep_ratio must be a number"),
         ({"keep_ratio": 0.5, "selector": "grip"}, "needs a scorer, and .* carries none"),
         ({"selector": "grid"}, "exactly one of keep_ratio and num_tokens"),
+        ({"selector": "grid", "quality": 0.9}, "promised of transformers' generate"),
         ({"selector": "grid", "keep_ratio": 0.5, "selector_kwargs": {"x": 1}}, "takes the arguments"),
         ({"selector": "visionzip", "keep_ratio": 0.5}, "not served by vLLM"),
         ({"keep_ratio": 0.5, "colour": 1, "selector": "grid"}, "unknown settings"),

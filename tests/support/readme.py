@@ -64,10 +64,10 @@ def module_and_arguments(words):
 
 
 def parse(app, words):
-    """Let typer read the arguments of a command without running it; it raises what a person would see."""
+    """Let typer read the arguments of a command without running it, and raise what a person would see; the context."""
     command = app if not isinstance(app, typer.Typer) else typer.main.get_command(app)
     context = command.make_context("grip-hf", list(words))
     if hasattr(command, "resolve_command"):
         name, chosen, rest = command.resolve_command(context, [*context._protected_args, *context.args])
         context = chosen.make_context(name, rest, parent=context)
-    return context.params
+    return context

@@ -1,14 +1,15 @@
 """Run transformers' own model tests on patched models, and compare with what they say about unpatched ones.
 
     pip download --no-deps --no-binary :all: transformers==5.23.0 && tar xzf transformers-5.23.0.tar.gz
-    pip install parameterized
+    pip install parameterized requests
     python tests/support/upstream_judge.py --transformers-tests transformers-5.23.0/tests --families llava,qwen2_5_vl
+    python tests/support/upstream_judge.py --transformers-tests checkout/tests --quick --without compile,export
 
 The patch keeps all visual tokens, but every call is *forced through the gather* and the logical cache lengths, so that
 each test exercises it; a test must then pass, fail or be skipped as it does without the patch. The folder is that of
 the installed version: a checkout, whose file of each family is run, or the source package from PyPI, which has only
 the tests common to all models; these are then given the tiny models of `tiny.py` beside this file. None of its code
-is kept here.
+is kept here. In a checkout, `src/transformers` should be the installed package (a link), since some tests read it.
 """
 
 import argparse
@@ -110,11 +111,11 @@ def patched(model_class):
             apply_grip(self, keep_ratio=1.0, selector="grid")
 
     def gathered(call, choice):
-        """The step that keeps all tokens, as if it did not: padding goes, and rows count as unequal."""
+        """The step that keeps all tokens, as if it did not: rows count as unequal, so that nothing is left out."""
         calls.append(1)
-        step = make_step(call, types.SimpleNamespace(scores=(), keep=call.visual))
-        if upstream.is_recurrent(call.config):  # takes no fillers, so that rows which count as unequal raise
-            return step
+        if upstream.is_recurrent(call.config):  # takes no fillers: there padding goes, which shortens no test's row
+            return make_step(call, types.SimpleNamespace(scores=(), keep=call.visual))
+        step = make_step(call, None)
         unequal = {name: dataclasses.replace(getattr(step, name), full=False) for name in ("plan", "keys")}
         return dataclasses.replace(step, **unequal)
 
@@ -148,10 +149,11 @@ class Outcomes(unittest.TestResult):
             self.addFailure(test, err)
 
 
-def run(cases, only=""):
+def run(cases, wanted):
+    """Outcomes of the tests whose names are wanted."""
     outcomes, loader = Outcomes(), unittest.TestLoader()
     for case in cases:
-        unittest.TestSuite(case(n) for n in loader.getTestCaseNames(case) if only in n).run(outcomes)
+        unittest.TestSuite(case(name) for name in loader.getTestCaseNames(case) if wanted(name)).run(outcomes)
     return outcomes.by_name
 
 
@@ -159,14 +161,20 @@ def kind(outcome):
     return outcome if outcome in ("passed", "skipped") else "failed"
 
 
-def judge(folder, family, only=""):
-    """Outcomes of one family's tests without and with the patch."""
+def judge(folder, family, only="", without=(), quick=False):
+    """Outcomes of one family's tests with the patch and without it; if quick, of those that do not pass with it."""
     cases, model_class = cases_of(folder, family)
-    before = run(cases, only)
+
+    def wanted(name):
+        return only in name and not any(part in name for part in without)
+
+    before = {} if quick else run(cases, wanted)
     with patched(model_class) as calls:
-        after = run(cases, only)
+        after = run(cases, wanted)
+    if quick:
+        before = {**after, **run(cases, lambda name: name in after and after[name] != "passed")}
     differ = {name: [before[name], after.get(name)] for name in before if kind(before[name]) != kind(after[name])}
-    counts = {one: sum(kind(outcome) == one for outcome in before.values()) for one in ("passed", "failed", "skipped")}
+    counts = {one: sum(kind(outcome) == one for outcome in after.values()) for one in ("passed", "failed", "skipped")}
     return {"family": family, **counts, "through_the_gather": len(calls), "differ": differ, "before": before}
 
 
@@ -180,13 +188,19 @@ def main():
     parser.add_argument("--transformers-tests", type=Path, required=True)
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--only", default="", help="part of the names of the tests to run")
+    parser.add_argument("--without", default="", help="parts of names, separated by commas, of tests that do not run")
+    parser.add_argument(
+        "--quick", action="store_true", help="without the patch, run those alone that do not pass with it"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     load_package(args.transformers_tests.resolve())
     rows = []
     say(f"{'family':18}{'passed':>8}{'failed':>8}{'skipped':>9}{'gathered':>10}{'differ':>8}")
     for family in args.families.split(","):
-        row = judge(args.transformers_tests, family, args.only)
+        row = judge(
+            args.transformers_tests, family, args.only, list(filter(None, args.without.split(","))), args.quick
+        )
         rows.append(row)
         numbers = [row[name] for name in ("passed", "failed", "skipped", "through_the_gather")]
         say("{:18}{:8}{:8}{:9}{:10}{:8}".format(family, *numbers, len(row["differ"])))

@@ -22,6 +22,8 @@ REDUCED = {
     "demo": "--scenes 1 --selectors grip,grid --budgets 0.25",
     "train": f"{TRAIN} --eval-examples 2 --device cpu",
     "eval": "--examples 9",
+    "calibrate": "--quality 0.5 --confidence 0.5 --budgets 0.25",
+    "curve": "--quality 0.5 --confidence 0.5 --budgets 0.25 --rounds 1",
     "bench": "--model pocket --rounds 1 --decode-tokens 1",
     "pareto": "",
     "grip_hf.pocket.report": "--scenes 1",

@@ -10,7 +10,8 @@ from tower_reference import build_deep, by_content, watched
 from transformers import CLIPVisionConfig
 
 from grip_hf import GripConfig, apply_grip, remove_grip
-from grip_hf.engine.context import Budget, Hook
+from grip_hf.engine.budget import Budget
+from grip_hf.engine.context import Hook
 from grip_hf.engine.keepsets import VisualBatch
 from grip_hf.errors import ConfigError, GripError, UnsupportedModelError
 from grip_hf.tower.drop import cut_argument

@@ -134,6 +134,11 @@ def _settle(hf_config: Any, given: Any, model: str, revision: str | None) -> Set
     config = found.config
     if config.selector not in SELECTORS:
         raise ConfigError(f"selector {config.selector!r} is not served by vLLM; those that are: {sorted(SELECTORS)}")
+    if config.quality is not None:
+        raise ConfigError(
+            "quality is promised of transformers' generate: give a server keep_ratio or num_tokens; its clients can "
+            "look again by themselves (examples/serving/ladder.py)"
+        )
     if config.position_ids != "original":
         raise ConfigError(f"position_ids={config.position_ids!r} is not served by vLLM; use 'original'")
     if config.tower_keep_ratio is not None:

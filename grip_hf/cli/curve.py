@@ -1,0 +1,127 @@
+"""`grip-hf curve`: what each budget, and each promise, is worth with your model and data on this machine."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+from .calibrate import LADDER, Confidence, MaxNewTokens, Qualities, Unit
+from .loading import ModelChoice
+from .screen import JsonFile, budget_list, console, failures, in_folder, numbers, quiet, say, split_list
+from .survey import Examples_, Scorer, Selector, Styles, Survey
+
+
+def curve(
+    pocket: options.Pocket = False,
+    testbed: options.Testbed = "pocket",
+    model: options.Model = None,
+    scorer: Scorer = None,
+    selector: Selector = None,
+    dataset: options.Dataset = None,
+    split: options.Split = None,
+    quality: Qualities = "0.95,0.98,0.99",
+    confidence: Confidence = 0.95,
+    unit: Unit = "answer",
+    within: Annotated[float, typer.Option(min=0, help="Tell the smallest budget within so many points.")] = 1.0,
+    budgets: options.Budgets = LADDER,
+    examples: Examples_ = 1000,
+    max_new_tokens: MaxNewTokens = 32,
+    metric: options.Metric = "exact",
+    rounds: Annotated[int, typer.Option(min=1, help="Paired rounds of timing; medians are taken over them.")] = 5,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
+    device_map: options.DeviceMap = None,
+    attn_implementation: options.Attention = None,
+    on_bad_row: options.OnBadRow = "stop",
+    force: options.Force = False,
+    pocket_model: options.PocketModel = None,
+    styles: Styles = "fluent,google",
+    output: Annotated[Path | None, typer.Option(callback=in_folder, help="Where to write the picture.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Print agreement and accuracy against mean visual tokens and measured time, fixed budgets beside promises."""
+    choice = ModelChoice(
+        pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation, testbed
+    )
+    wanted = numbers(quality, float, "shares such as 0.99")
+    survey = Survey(choice, scorer, selector, force, split, examples, seed, on_bad_row, tuple(split_list(styles)))
+    asked = budget_list(budgets)
+    quiet()
+    from accelerate import PartialState
+
+    from ..calibration.calibrate import agreement_of
+    from ..calibration.overview import draw, overview, smallest
+    from ..config import check_quality
+    from ..evaluation.facts import versions
+    from ..files import write_json, write_whole
+
+    with failures():
+        agreement_of(unit)
+        for one in wanted:
+            check_quality(one)
+        seen, made_for, facts = survey.observe(asked, batch_size, max_new_tokens, metric)
+        processes = PartialState()
+        if processes.num_processes > 1:
+            processes.destroy_process_group()
+            if not processes.is_main_process:
+                return
+        with console.status("timing") as status:
+            times, setting = measure(survey, list(seen.budgets), rounds, status.update)
+        rows = overview(seen, times, wanted, confidence, unit, seed)
+        console.print(table(rows, len(seen), unit).rich())
+        best, name = smallest(rows, within)
+        say(f"smallest budget within {within:g} points of all tokens ({name}): {best['name']}")
+        if output is not None:
+            figure = draw(rows, f"{choice.name}, {len(seen)} questions")
+            write_whole(output, partial(figure.savefig, dpi=150))
+            say(f"drawn in {output}")
+        if json_file is not None:
+            meta = {**facts, "made_for": made_for, "rows": len(seen), "unit": unit, "confidence": confidence}
+            meta |= {"seed": seed, "timing": setting, "versions": versions()}
+            told = {"within": within, "of": name, "budget": best["budget"]}
+            write_json(json_file, {"meta": meta, "rows": rows, "smallest": told})
+
+
+def measure(survey: Survey, budgets: list[float | int], rounds: int, progress: Any) -> tuple[Any, dict[str, Any]]:
+    """Time the model on its first question at every budget, in paired rounds."""
+    from ..calibration.timing import Times
+    from ..evaluation.budgets import kept_of
+    from ..evaluation.latency import run_bench
+    from ..evaluation.shapes import prompted
+    from ..patch import remove_grip
+
+    (model, processor), (examples, _) = survey.loaded, survey.rows
+    handle = survey.chooser.apply(model)
+    name = handle.config.selector
+    spec = f"grip={survey.scorer}" if name == "grip" and survey.scorer else str(name)
+    remove_grip(model)
+    asked = prompted(survey.choice.name, model, processor, examples[0].messages)
+    result = run_bench(asked, [spec], [one for one in budgets if one != 1], rounds, 4, progress=progress)
+    whole, found = result["unpruned"], {row["num_tokens"]: row for row in result["rows"]}
+    rows = [whole if one == 1 else found[kept_of(asked.tokens, one)] for one in budgets]
+    times = Times([row["ttft_ms"] for row in rows], whole["vision_ms"], [row["decode_ms"] for row in rows])
+    return times, result["setting"]
+
+
+def table(rows: list[dict[str, Any]], count: int, unit: str) -> Any:
+    """The rows of an overview."""
+    from ..tables import Column, Table
+
+    columns = (
+        Column("", "name", left=True),
+        Column("judged by", "rule", left=True),
+        Column("tokens", "tokens", "{:.1f}"),
+        Column("again", "again", "{:.1%}"),
+        Column("agreement", "agreement", "{:.2%}"),
+        Column("at least", "at_least", "{:.2%}"),
+        Column("accuracy", "accuracy", "{:.2%}"),
+        Column("TTFT ms", "ttft_ms", "{:.1f}"),
+    )
+    return Table(columns, rows, f"{count} questions; unit: {unit}; means")

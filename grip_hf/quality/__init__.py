@@ -1,0 +1,1 @@
+"""Promise a quality instead of a ratio: see README.md in this folder."""
