@@ -227,6 +227,7 @@ def test_where_there_is_none_it_cannot_be_chosen():
         TowerChoice((0.5,)).settings(build("llava"), 0, fresh=False)
 
 
+@TRAINING
 def test_what_is_learnt_from_are_the_rows_of_the_tower():
     model, processor = build_vlm()
     vlm = FrozenVLM(model, processor, tap=RowsTap(1))
