@@ -24,7 +24,7 @@ from wheels import build, call, install, shell
 
 pytestmark = [pytest.mark.slow, TRAINING]
 BASE, SCORER = "maker/tiny-llava", "you/grip-tiny"
-SIZES = ["--warmup-steps", "60", "--steps", "2", "--batch-size", "8", "--num-generations", "4", "--width", "16"]
+SIZES = ["--warmup-steps", "120", "--steps", "2", "--batch-size", "8", "--num-generations", "4", "--width", "16"]
 SIZES += ["--warmup-batch-size", "4", "--save-steps", "5", "--eval-examples", "6", "--device", "cpu"]
 
 
@@ -84,13 +84,13 @@ FORMS = {"LLaVA": llava, "messages": messages, "questions": questions, "folder":
 
 
 def killed_while(words, sign, **kwargs):
-    """Start a program and kill it once `sign` is there."""
+    """Start a program and kill it once `sign` is there; a busy machine takes minutes to come so far."""
     running = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
-    for _ in range(1200):
-        if sign.exists() or running.poll() is not None:
-            break
-        time.sleep(0.05)
+    ends = time.monotonic() + 900
+    while not sign.exists() and running.poll() is None and time.monotonic() < ends:
+        time.sleep(0.02)
     assert running.poll() is None, running.stdout.read().decode()
+    assert sign.exists()
     running.send_signal(signal.SIGKILL)
     running.wait()
 

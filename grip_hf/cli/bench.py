@@ -81,6 +81,9 @@ def bench(
     tower_keep_ratio: options.TowerRatio = None,
     tower_selector: options.TowerSelector = None,
     tower_depth: options.TowerDepth = None,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="Count CPU time, not the clock's, on a machine that others use too.")
+    ] = False,
     wide: Annotated[bool, typer.Option("--wide", help="Show every figure that --json has.")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -107,7 +110,7 @@ def bench(
                 dtype = "bfloat16" if place.type == "cuda" else "float32"
             result = run_bench(
                 subject, split_list(selectors), asked, rounds, decode_tokens, batch_size, str(place), dtype,
-                attn_implementation or "sdpa", seed, status.update, depth_of, tower,
+                attn_implementation or "sdpa", seed, status.update, depth_of, tower, cpu_time,
             )  # fmt: skip
         if json_file is not None:
             write_json(json_file, result)

@@ -24,8 +24,8 @@ from .taps import Encoding
 
 if TYPE_CHECKING:
     from .call import Call, LastCall, Step
+    from .drops import LayerDrops
     from .hooks import Boundary
-    from .layers import LayerDrops
 
 
 class Hook:

@@ -37,7 +37,8 @@ from .context import (
     running,
 )
 from .decoding import decode_arguments, decodes_simply
-from .layers import LayerDrops, hook_layers
+from .drops import LayerDrops
+from .layers import hook_layers
 from .methods import Encode, Generate
 from .plan import grow_output, growths
 from .reading import labels_of, read, states_after
@@ -331,7 +332,7 @@ def _restore(module: nn.Module, kwargs: dict[str, Any], cache: Any, output: Any)
         return None
     if cache is None and made is not None:
         upstream.check_new_cache(made, kwargs, module.config, step.kept)
-    later = None if layers is None else layers.plans
+    later = None if layers is None else layers.later
     total = step.call.past_logical + step.plan.length
     grown = grow_output(output, step.plan, growths(step.plan, step.keys, total, later or {}), later is not None)
     if context.router_mask is not None:
@@ -340,7 +341,8 @@ def _restore(module: nn.Module, kwargs: dict[str, Any], cache: Any, output: Any)
     if cache is None:
         return grown
     if bool(step.call.visual.any()):
-        set_states(cache, states_after(step, later))
+        keys = None if later is None else {start: seen for start, (_, seen) in later.items()}
+        set_states(cache, states_after(step, keys))
     return given_back(grown, cache)
 
 

@@ -18,100 +18,13 @@ from ..errors import GripError, UnsupportedModelError
 from . import masks, upstream
 from .arguments import outgrows_window, uses_flash
 from .cache import find, logical_of, physical, states_of, window
-from .call import Step
-from .choice import Choice
 from .context import Hook, running
-from .keepsets import topk_mask
-from .masks import KeyMap
-from .plan import Plan, expand, make_plan, source_slots, take, take_last, then
-from .ranking import Ranked, attention_of, register
+from .drops import LayerDrops
+from .plan import Plan, expand, source_slots, take, take_last
+from .ranking import Ranked, register
 
 if TYPE_CHECKING:
     from ..selectors.inside import InsideSelector
-
-
-@dataclasses.dataclass(eq=False)
-class LayerDrops:
-    """What is dropped between the layers in one call.
-
-    Attributes:
-        selector: Says where, and how many are left.
-        choice: The visual tokens, their groups and budgets.
-        step: The call; all of its tokens enter.
-        asking: [G, L] bool, the tokens whose attention ranks the visual tokens of each group.
-        plans: What is left from the layer of each number on, in terms of the whole call.
-        ranks: By layer: attention [G, N] to the visual tokens of each group, where it has just ranked them.
-    """
-
-    selector: InsideSelector
-    choice: Choice
-    step: Step
-    asking: Tensor
-    plans: dict[int, Plan] = dataclasses.field(default_factory=dict)
-    ranks: Tensor | None = None
-
-    @classmethod
-    def of(cls, selector: Any, choice: Choice, step: Step) -> LayerDrops:
-        """The drops of a call; refuses one that comes after others on a cache."""
-        if step.call.past_logical:
-            raise GripError(
-                f"selector {selector.name!r} cannot take pictures after the first call on a cache; start a new one, "
-                "or use `with model.grip.disabled()`"
-            )
-        return cls(selector, choice, step, _asking(selector, choice, step.call.visual.shape[1]))
-
-    @property
-    def plan(self) -> Plan | None:
-        """What is left now."""
-        return next(reversed(self.plans.values()), None)
-
-    @property
-    def left(self) -> Plan:
-        """The same, also before the first drop."""
-        return self.step.plan if self.plan is None else self.plan
-
-    def rank(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Rank the visual tokens by the attention of those that ask, in the attention module of a layer."""
-        here, groups = self.left, self.choice.groups
-        stays = here.valid & (self.step.call.real.gather(1, here.index))
-        asks = self.asking.new_zeros(stays.shape)
-        asks.index_put_((groups.row,), self.asking.gather(1, here.index[groups.row]), accumulate=True)
-        who = make_plan(asks & stays)
-        weights = attention_of(module, args, kwargs, who.index, here.index)
-        place = here.index.gather(1, who.index)
-        mine = self.asking.gather(1, place[groups.row]) & who.valid[groups.row]
-        mean = (weights[groups.row] * mine[..., None]).sum(1) / mine.sum(1, keepdim=True).clamp(min=1)
-        whole = mean.new_zeros(len(mean), here.length).scatter(1, here.index[groups.row], mean)
-        self.ranks = whole.gather(1, groups.place).masked_fill(~groups.mask, 0)
-
-    def drop(self, layer: int, stage: int, stages: int) -> None:
-        """Drop what is ranked lowest before a layer."""
-        assert self.ranks is not None
-        groups, call, here = self.choice.groups, self.step.call, self.left
-        held = call.visual.new_zeros(call.visual.shape).scatter(1, here.index, here.valid) & call.visual
-        left = groups.pick(held)
-        count = self.selector.left(groups.mask.sum(1), self.choice.batch.budgets, stage, stages)
-        keep = groups.scatter(topk_mask(self.ranks, left, count), call.visual)
-        real = call.real.gather(1, here.index) & here.valid
-        stays = real & (~call.visual | keep).gather(1, here.index)
-        self.plans[layer] = then(here, make_plan(stays))
-
-
-def _asking(selector: Any, choice: Choice, length: int) -> Tensor:
-    """[G, L] bool: the tokens whose attention ranks: words that the selector names, else the prompt's last token."""
-    batch, groups = choice.batch, choice.groups
-    index = batch.text_index
-    assert index is not None
-    named = selector.asking(batch)
-    asked = torch.zeros(len(groups.row), length, dtype=torch.bool, device=groups.place.device)
-    if named is not None and index.shape[1]:
-        # Added up, because padding has index 0 too: it must not overwrite what is said of the first token.
-        asked = torch.zeros_like(asked, dtype=torch.long).scatter_add(1, index, (named & batch.text_mask).long()) > 0
-    last = (groups.place * groups.mask).amax(1)
-    if index.shape[1]:
-        last = last.maximum((index * batch.text_mask).amax(1))
-    last_token = torch.zeros_like(asked).scatter_(1, last[:, None], True)
-    return torch.where(asked.any(1, keepdim=True), asked, last_token)
 
 
 def check_layers(language_model: nn.Module, selector: InsideSelector) -> list[tuple[int, int]]:
@@ -196,12 +109,14 @@ class LayerHook(Hook):
                 self._rank_ahead(drops, layer, args, kwargs)
             drops.drop(self.number, stage, len(self.stages))
         if drops.plan is None:
-            return None
-        return cut(drops.plan, self, layer, args, kwargs)
+            return self._later(layer, args, kwargs) if drops.earlier else None
+        return cut(drops, self, layer, args, kwargs)
 
     def _rank_ahead(self, drops: LayerDrops, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if drops.plan is not None:
-            args, kwargs = cut(drops.plan, self, layer, args, kwargs)
+            args, kwargs = cut(drops, self, layer, args, kwargs)
+        elif drops.earlier:
+            args, kwargs = self._later(layer, args, kwargs) or (args, kwargs)
         try:
             # Its forward, not a call: the hooks around it belong to the real run. It ends in its attention.
             type(layer).forward(layer, *args, **kwargs)
@@ -282,20 +197,20 @@ class RankingHook(Hook):
     def _rank(self, drops: LayerDrops, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for rank, drop in self.stages:
             if rank == self.number and drop not in drops.plans:
-                drops.rank(module, args, kwargs)
+                drops.rank(self.number, module, args, kwargs)
                 if rank == drop:
                     raise Ranked(drops.ranks)  # type: ignore[arg-type]
                 return
 
 
 def cut(
-    plan: Plan, hook: LayerHook, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    drops: LayerDrops, hook: LayerHook, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a decoder layer for the tokens of a plan."""
-    view = find(kwargs)
+    """Arguments of a decoder layer for the tokens that are left of a call."""
+    view, plan = find(kwargs), drops.left
     new = {name: value if value is view else _tokens(name, value, plan) for name, value in kwargs.items()}
     if "attention_mask" in kwargs:
-        new["attention_mask"] = _layer_mask(kwargs["attention_mask"], plan, hook, view, layer)
+        new["attention_mask"] = _layer_mask(kwargs["attention_mask"], drops, hook, view, layer)
     return tuple(_tokens("hidden_states", value, plan) for value in args), new
 
 
@@ -313,23 +228,24 @@ def _tokens(name: str, value: Any, plan: Plan) -> Any:
     return take(moved, plan.index).movedim((0, 1), (-3, -2))
 
 
-def _layer_mask(mask: Tensor | None, plan: Plan, hook: LayerHook, cache: Any, layer: Any) -> Tensor | None:
-    kept = plan.index.shape[1]
-    keys = KeyMap(plan.index, plan.valid, plan.full)
-    if _runs_flash(layer, plan.length):
+def _layer_mask(mask: Tensor | None, drops: LayerDrops, hook: LayerHook, view: Any, layer: Any) -> Tensor | None:
+    plan, cache = drops.left, logical_of(view)
+    kept, keys = plan.index.shape[1], drops.keys(hook.source, plan)
+    total = drops.step.call.past_logical + plan.length
+    if _runs_flash(layer, total):
         # Also where all stay: without a mask it would read the gaps between positions as packing.
-        return masks.mask_2d(None if mask is None else mask[:, : plan.length], keys)
-    if mask is None and plan.full:
+        return masks.mask_2d(None if mask is None else mask[:, :total], keys)
+    if mask is None and keys.full:
         return None
     if mask is not None and mask.ndim == 2:
-        return masks.mask_2d(mask[:, : plan.length], keys)
+        return masks.mask_2d(mask[:, :total], keys)
     taken = hook.taken(kept)
     present = window(physical(cache), kept, hook.source, taken)
     if mask is None:
         made = masks.causal_4d(keys, kept, present)
     else:
         made = masks.mask_4d(mask, plan.index, keys, window(cache, plan.length, hook.source, taken), present)
-    return masks.let_fillers_see(made, plan.valid)
+    return masks.let_fillers_see(made, plan.valid, keys.index.shape[1] - kept)
 
 
 def _runs_flash(layer: Any, length: int) -> bool:

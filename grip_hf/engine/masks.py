@@ -109,12 +109,13 @@ def restrict(mask: Tensor, seen: Tensor) -> Tensor:
     return mask.masked_fill(~seen, blocked(mask.dtype))
 
 
-def let_fillers_see(mask: Tensor, valid: Tensor) -> Tensor:
+def let_fillers_see(mask: Tensor, valid: Tensor, earlier: int = 0) -> Tensor:
     """Let each filler of a call [B, K] see itself, so that no row of a mask [B, heads, K, keys] is empty.
 
-    Nobody else sees it. The keys begin with those of the call.
+    Nobody else sees it. The call's keys begin after `earlier` ones.
     """
-    own = torch.eye(valid.shape[1], mask.shape[3], dtype=torch.bool, device=mask.device) & ~valid[..., None]
+    own = torch.eye(valid.shape[1], mask.shape[3] - earlier, dtype=torch.bool, device=mask.device)
+    own = torch.nn.functional.pad(own, (earlier, 0)) & ~valid[..., None]
     return mask | own[:, None] if mask.dtype == torch.bool else mask.masked_fill(own[:, None], 0)
 
 

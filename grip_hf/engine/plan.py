@@ -136,18 +136,21 @@ class Growth:
         return seen.new_zeros(*seen.shape[:3], self.total).scatter_add(3, index, seen)
 
 
-def growths(plan: Plan, keys: KeyMap, total: int, later: Mapping[int, Plan]) -> dict[int, Growth | None]:
+def growths(
+    plan: Plan, keys: KeyMap, total: int, later: Mapping[int, tuple[Plan, KeyMap]]
+) -> dict[int, Growth | None]:
     """From the layer of each number on, how what it puts out gets the length of the call.
 
     Args:
         plan: What stays of the call.
         keys: All physical keys that it sees, in logical terms.
         total: Logical number of keys.
-        later: What is left from the layer of each number on, if tokens are dropped between layers.
+        later: What is left from the layer of each number on, and all keys that it sees, if tokens are dropped between
+            layers.
     """
     found = {0: growth(plan, keys, total)}
-    for start, left in later.items():
-        found[start] = growth(left, KeyMap(left.index, left.valid, left.full), total)
+    for start, (left, seen) in later.items():
+        found[start] = growth(left, seen, total)
     return found
 
 

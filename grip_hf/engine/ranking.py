@@ -43,9 +43,14 @@ class _Config:
 
 
 def attention_of(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], asking: Tensor, index: Tensor
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    asking: Tensor,
+    index: Tensor,
+    earlier: int = 0,
 ) -> Tensor:
-    """Attention of the asking tokens, averaged over heads.
+    """Attention of the asking tokens to those of the call, averaged over heads.
 
     Args:
         module: The attention module.
@@ -53,6 +58,7 @@ def attention_of(
         kwargs: and by name, as the layer gives them, its mask included.
         asking: [B, Q] long, the slots of the asking tokens in this call.
         index: [B, L] long, the original position of each slot, for sliding windows.
+        earlier: Keys that the cache holds before those of the call; they take their part of each head's weight.
 
     Returns:
         [B, Q, L] float32.
@@ -62,11 +68,11 @@ def attention_of(
     """
     probe = copy.copy(module)
     probe.config = _Config(module.config)  # type: ignore[assignment]
-    probe._grip_asking = (asking, index)  # type: ignore[assignment]  # on the copy, which nobody else sees
+    probe._grip_asking = (asking, index, earlier)  # type: ignore[assignment]  # on the copy, which nobody else sees
     try:
-        type(module).forward(probe, *args, **upstream.without_cache(kwargs))
+        type(module).forward(probe, *args, **upstream.only_read(kwargs, earlier > 0))
     except Ranked as ranked:
-        return ranked.weights
+        return ranked.weights[..., earlier:]
     raise upstream.unknown(f"{type(module).__name__} does not take its attention function from its config")
 
 
@@ -84,32 +90,34 @@ def _attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """An attention function for transformers' registry; query [B, H, L, C], key [B, H', L, C]."""
-    asking, index = module._grip_asking
+    asking, index, earlier = module._grip_asking
     rows = asking[:, None, :, None]
     asked = query.gather(2, rows.expand(-1, query.shape[1], -1, query.shape[3])).float()
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).float()
     logits = asked @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    logits = logits.masked_fill(~_seen(attention_mask, asking, index, sliding_window), torch.finfo(logits.dtype).min)
+    logits = logits.masked_fill(
+        ~_seen(attention_mask, asking, index, earlier, sliding_window), torch.finfo(logits.dtype).min
+    )
     if s_aux is not None:  # an attention sink takes its part of each head's weight
         sinks = s_aux.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         logits = torch.cat([logits, sinks], -1)
     raise Ranked(logits.softmax(-1)[..., : key.shape[2]].mean(1))
 
 
-def _seen(mask: Tensor | None, asking: Tensor, index: Tensor, reach: int | None) -> Tensor:
-    """[B, H or 1, Q, L] bool: which keys each asking token sees."""
-    length = index.shape[1]
+def _seen(mask: Tensor | None, asking: Tensor, index: Tensor, earlier: int, reach: int | None) -> Tensor:
+    """[B, H or 1, Q, earlier + L] bool: which keys each asking token sees."""
+    length = earlier + index.shape[1]
     if mask is not None and mask.ndim == 4:
         mask = mask[..., :length].expand(len(asking), -1, -1, -1)
         rows = mask.gather(2, asking[:, None, :, None].expand(-1, mask.shape[1], -1, length))
         return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
     slots = torch.arange(length, device=asking.device)
-    seen = slots <= asking[..., None]
+    seen = slots <= asking[..., None] + earlier
     if mask is not None:
         seen = seen & (mask[:, None, -length:] != 0)
-    if reach is not None:
+    if reach is not None:  # only where the cache holds nothing
         seen = seen & (index[:, None] > index.gather(1, asking)[..., None] - reach)
     return seen[:, None]
 

@@ -24,7 +24,6 @@ from .call import Call, Step
 from .callers import IGNORED, answer_of_callers, has_unpruned_reference
 from .context import CallContext, prompt_of_generation, told_prompt
 from .masks import KeyMap
-from .plan import Plan
 
 UNPRUNED = (
     "the trainer compares a patched model with a reference model that sees all visual tokens; prune that one too: "
@@ -267,12 +266,12 @@ def _as_mask(prompt: Tensor | Sequence[int], real: Tensor) -> Tensor:
     return real.long().cumsum(1) <= torch.tensor(prompt, device=real.device)[:, None]
 
 
-def states_after(step: Step, later: Mapping[int, Plan] | None) -> dict[int, CacheState]:
+def states_after(step: Step, later: Mapping[int, KeyMap] | None) -> dict[int, CacheState]:
     """What the layers of the cache hold after a step, from the layer of each number on, for later calls to read.
 
     Args:
         step: The step.
-        later: What is left from the layer of each number on, if this call drops tokens between layers.
+        later: All keys from the layer of each number on, if this call drops tokens between layers.
     """
     call = step.call
     earlier = call.visual.new_zeros(call.visual.shape[0], call.past_logical)
@@ -286,8 +285,8 @@ def states_after(step: Step, later: Mapping[int, Plan] | None) -> dict[int, Cach
             shift = shift + call.state.shift
     states = {0: _state(step.keys, visual, shift)}
     if later is not None:
-        for start, plan in later.items():
-            states[start] = _state(KeyMap(plan.index, plan.valid, plan.full), visual, None)
+        for start, keys in later.items():
+            states[start] = _state(keys, visual, None)
         return states
     for start, state in states_of(call.cache).items():
         if start:  # this call dropped nothing between layers, but an earlier one did

@@ -312,6 +312,34 @@ def per_token_names(arguments: Mapping[str, Any], batch: int, length: int) -> li
     ]
 
 
+class ReadOnly:
+    """A KV cache that gives what it holds with what is added, and adds nothing.
+
+    Args:
+        cache: The cache.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, and these after them."""
+        layer: Any = self._cache.layers[layer_idx]
+        return torch.cat([layer.keys, key], -2), torch.cat([layer.values, value], -2)
+
+
+def only_read(arguments: Mapping[str, Any], held: bool) -> dict[str, Any]:
+    """Arguments of an attention module whose KV cache stays as it is; if it holds nothing, with none among them."""
+
+    def other(value: Cache) -> Any:
+        return ReadOnly(value) if held else None
+
+    return {name: other(value) if isinstance(value, Cache) else value for name, value in arguments.items()}
+
+
 def hidden_states_wanted(arguments: Mapping[str, Any], module: Any, layers: int) -> set[int] | None:
     """The layers of a vision tower whose output a caller wants, or None for all.
 
@@ -323,11 +351,6 @@ def hidden_states_wanted(arguments: Mapping[str, Any], module: Any, layers: int)
         return None if wanted else set()
     chosen = [wanted] if isinstance(wanted, int) else wanted
     return {index % (layers + 1) - 1 for index in chosen}
-
-
-def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of an attention module with no KV cache among them."""
-    return {name: None if isinstance(value, Cache) else value for name, value in arguments.items()}
 
 
 def attention_module(layer: nn.Module) -> Any:

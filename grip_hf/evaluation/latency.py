@@ -44,6 +44,7 @@ def run_bench(
     progress: Callable[[str], None] = lambda text: None,
     depth_of: int | None = None,
     tower: TowerChoice | None = None,
+    cpu_time: bool = False,
 ) -> dict[str, Any]:
     """Measure selectors at several budgets.
 
@@ -64,6 +65,7 @@ def run_bench(
         depth_of: Layers of another model: selectors inside the language model drop at the shares of layers where they
             drop in that one, so that times can be joined with accuracies measured on it.
         tower: At which shares of the vision tower's rows each selector is measured too.
+        cpu_time: Whether the CPU time of this process counts, on a machine that others use too; not on a GPU.
 
     Returns:
         `setting` (what was run and where), `unpruned` and one entry of `rows` per selector and budget, all plain data.
@@ -87,8 +89,10 @@ def run_bench(
         progress(f"building {model}")
         model = shaped(model, batch, device, precision, attention, seed)
     built, place = model.model, model.inputs["input_ids"].device
+    if cpu_time and place.type != "cpu":
+        raise ConfigError(f"cpu_time=True counts nothing of what runs on {place.type!r}; leave it out")
     counts = list(dict.fromkeys(kept_of(model.tokens, budget) for budget in wanted))
-    bench = Bench(built, model.inputs, selectors, decode_tokens, seed, depth_of, tower)
+    bench = Bench(built, model.inputs, selectors, decode_tokens, seed, depth_of, tower, cpu_time)
     pruned = [
         Variant(name, count, share)
         for count in counts
@@ -121,6 +125,7 @@ def run_bench(
         "dtype": str(built.dtype).removeprefix("torch."),
         "attention": attention_kernel(find_parts(built).language_model.config),
         "threads": torch.get_num_threads(),
+        "clock": "cpu" if cpu_time else "wall",
         "rounds": rounds,
         "decode_tokens": decode_tokens,
         "seed": seed,

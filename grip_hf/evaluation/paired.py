@@ -75,6 +75,7 @@ class Bench:
         seed: Seed of the scorer's random weights.
         depth_of: Selectors inside the language model drop at the shares of layers where they do in a model of so many.
         tower: What chooses rows of the vision tower; None takes none.
+        cpu_time: Whether CPU time counts instead of the clock's.
     """
 
     def __init__(
@@ -86,11 +87,12 @@ class Bench:
         seed: int = 0,
         depth_of: int | None = None,
         tower: TowerChoice | None = None,
+        cpu_time: bool = False,
     ) -> None:
         self.tower = None if tower is None else tower.settings(model, seed)
         self.model, self.inputs, self.decode_tokens, self.depth_of = model, inputs, decode_tokens, depth_of
         self.cache_name = cache_name(find_parts(model).language_model)
-        self.watch = Stopwatch(model.device)
+        self.watch = Stopwatch(model.device, cpu_time)
         self.selectors = {name.partition("=")[0]: self._selector(name, seed) for name in selectors}
         self.kept: dict[int, dict[str, Any]] = {}
 

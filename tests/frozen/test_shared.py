@@ -5,8 +5,8 @@ import datetime
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from classroom import ANSWERS, build_vlm, picture
+from spawned import spawn
 from tiny import HIDDEN, build
 from versions import TRAINING
 
@@ -59,7 +59,7 @@ def work(rank, folder):
 
 @pytest.mark.slow
 def test_two_processes_encode_each_picture_once_in_all(tmp_path):
-    mp.spawn(work, (tmp_path,), nprocs=2)
+    spawn(__file__, "work", (tmp_path,), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     assert [rank["in all"] for rank in ranks] == [PICTURES] * 2
     assert sum(rank["mine"] for rank in ranks) == PICTURES

@@ -324,9 +324,3 @@ def test_bad_use_is_refused():
     model = build("sdpa")
     with pytest.raises(UnsupportedModelError, match=r"at layers \[\(8, 9\)\], this model has 5"):
         apply_grip(model, selector="fastv", selector_kwargs={"layers": 9}, num_tokens=4)
-    apply_grip(model, selector="fastv", num_tokens=4)
-    inputs = tiny.make_inputs("llava", PROMPTS[:1])
-    cache = model(**inputs, use_cache=True)[CACHE]
-    twice = {**inputs, "attention_mask": torch.ones(1, 2 * inputs["input_ids"].shape[1], dtype=torch.long)}
-    with pytest.raises(GripError, match="cannot take pictures after the first call"):
-        model(**twice, **{CACHE: cache})

@@ -93,7 +93,7 @@ def masked_run(model, inputs, gone, positions=None, grad=False, **options):
     return output
 
 
-def dropped(model, inputs, name, groups, asking):
+def dropped(model, inputs, name, groups, asking, already=None):
     """{first layer: [B, L] bool} who is gone.
 
     Args:
@@ -102,11 +102,13 @@ def dropped(model, inputs, name, groups, asking):
         name: The method.
         groups: As from `groups_of`.
         asking: Per group the places whose attention ranks.
+        already: Who went in an earlier turn, in the same form; they are gone while others are ranked.
     """
-    gone, alive = {}, [list(places) for _, places in groups]
+    gone, alive = dict(already or {}), [list(places) for _, places in groups]
     for stage, (rank, drop) in enumerate(METHODS[name][1][len(model.get_decoder().layers)]):
         maps = masked_run(model, inputs, gone, output_attentions=True).attentions[rank]
-        gone[drop] = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        earlier = (already or {}).get(drop)
+        gone[drop] = torch.zeros_like(inputs["input_ids"], dtype=torch.bool) if earlier is None else earlier.clone()
         for number, (row, places) in enumerate(groups):
             keep = left_after(name, len(places), min(BUDGET, len(places)))[stage]
             seen = maps[row][:, asking[number]].mean((0, 1))

@@ -187,7 +187,7 @@ FAULTS = (
     ),
     Fault(
         "budgets per sample go to the wrong beams",
-        "grip_hf/engine/context.py",
+        "grip_hf/engine/choice.py",
         "return [one for one in value for _ in range(repeats)]",
         "return [one for _ in range(repeats) for one in value]",
         ("tests/engine/test_silence.py",),

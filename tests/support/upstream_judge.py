@@ -1,14 +1,15 @@
 """Run transformers' own model tests on patched models, and compare with what they say about unpatched ones.
 
     pip download --no-deps --no-binary :all: transformers==5.23.0 && tar xzf transformers-5.23.0.tar.gz
-    pip install parameterized
+    pip install parameterized requests
     python tests/support/upstream_judge.py --transformers-tests transformers-5.23.0/tests --families llava,qwen2_5_vl
+    python tests/support/upstream_judge.py --transformers-tests checkout/tests --quick --without compile,export
 
 The patch keeps all visual tokens, but every call is *forced through the gather* and the logical cache lengths, so that
 each test exercises it; a test must then pass, fail or be skipped as it does without the patch. The folder is that of
 the installed version: a checkout, whose file of each family is run, or the source package from PyPI, which has only
 the tests common to all models; these are then given the tiny models of `tiny.py` beside this file. None of its code
-is kept here.
+is kept here. In a checkout, `src/transformers` should be the installed package (a link), since some tests read it.
 """
 
 import argparse

@@ -5,7 +5,7 @@ import datetime
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from spawned import spawn
 from tiny import IMAGE, build, make_inputs, select_by_content
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -113,7 +113,7 @@ def trained(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     for job in JOBS:
         (folder / name_of(*job)).mkdir()
-    mp.spawn(work, (str(folder), request.param), nprocs=2)
+    spawn(__file__, "work", (str(folder), request.param), nprocs=2)
     return request.param, folder
 
 
