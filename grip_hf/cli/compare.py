@@ -12,7 +12,7 @@ from .screen import failures, say
 
 
 def compare(
-    file: Annotated[Path, typer.Argument(help="What `grip-hf eval --log-samples` wrote.", exists=True)],
+    file: Annotated[Path, typer.Argument(help="What `grip-hf eval --log-samples` wrote.")],
     first: Annotated[str, typer.Argument(help="A method.")],
     others: Annotated[list[str], typer.Argument(help="Others, each minus the first.")],
 ) -> None:
@@ -23,7 +23,7 @@ def compare(
 
         try:
             samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{file} holds no lines of JSON: {error}") from error
         for other in others:
             for one in differences(samples, first, other):

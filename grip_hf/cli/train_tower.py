@@ -87,6 +87,7 @@ def train_tower(
                 "per_device_train_batch_size": batch_size,
                 "num_generations": num_generations,
                 "learning_rate": learning_rate,
+                "entropy_coef": 0.001,
             },
             keep_ratio=keep_ratio,
             data={**choice.facts(), "examples": examples, "scorer": scorer},

@@ -409,4 +409,25 @@ FAULTS = (
         "{len(some)}",
         ("tests/frozen/test_shared.py",),
     ),
+    Fault(
+        "a later turn's keys lie where those of the first one do",
+        "grip_hf/engine/drops.py",
+        "torch.cat([before.index, plan.index + self.step.call.past_logical], 1)",
+        "torch.cat([before.index, plan.index], 1)",
+        ("tests/selectors/test_inside_turns.py",),
+    ),
+    Fault(
+        "pictures of a later turn are ranked by what the cache holds",
+        "grip_hf/engine/ranking.py",
+        "return ranked.weights[..., earlier:]",
+        "return ranked.weights[..., : ranked.weights.shape[-1] - earlier]",
+        ("tests/selectors/test_inside_turns.py",),
+    ),
+    Fault(
+        "another patch on a cache forgets what the first one dropped",
+        "grip_hf/engine/drops.py",
+        "sorted({*self.plans, *self.earlier} - {0})",
+        "sorted(self.plans)",
+        ("tests/selectors/test_inside_turns.py",),
+    ),
 )
