@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from .budgets import Budget
-from .calibration import calibration_error
+from .confidence import calibration_error
 from .downsampling import DOWNSAMPLING
 from .metrics import MEAN, UNPRUNED, Row, average, table
 

@@ -18,7 +18,7 @@ from ..patch import apply_grip, remove_grip
 from ..selectors.inside import InsideSelector
 from .answers import EXACT, METRICS, check_metric
 from .budgets import Budget, as_setting, kept_of
-from .calibration import confidences
+from .confidence import confidences
 
 Scores = Callable[[VisualBatch], Tensor]
 

@@ -8,8 +8,8 @@ from classroom import build_vlm, rows
 from typer.testing import CliRunner
 from versions import TRAINING
 
-from grip_hf.evaluation.calibration import calibration_error, confidences
 from grip_hf.evaluation.columns import HARD, Mark, held_share, with_columns
+from grip_hf.evaluation.confidence import calibration_error, confidences
 from grip_hf.evaluation.downsampling import DOWNSAMPLING, ENLARGED, POOLED
 from grip_hf.evaluation.metrics import MEAN, UNPRUNED, average, table
 from grip_hf.evaluation.runner import evaluate

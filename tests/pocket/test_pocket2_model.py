@@ -10,7 +10,12 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from versions import TRAINING
 
 import grip_hf.pocket
+from grip_hf import apply_grip, remove_grip
 from grip_hf.evaluation.downsampling import downsample
+from grip_hf.evaluation.metrics import MEAN
+from grip_hf.evaluation.runner import evaluate
+from grip_hf.evaluation.tasks import choose_selectors, pocket_examples
+from grip_hf.hub.checkpoint import SUBFOLDER
 from grip_hf.pocket import load_pocket, make_scene
 from grip_hf.pocket.batches import to_lesson
 from grip_hf.pocket.demo import ask_all
@@ -19,6 +24,7 @@ from grip_hf.pocket.lessons import count_right
 from grip_hf.pocket.lessons2 import make_trainer
 from grip_hf.pocket.report import accuracies
 from grip_hf.pocket.testbeds import POCKET2
+from grip_hf.selectors.grip import GripSelector
 
 README = Path(grip_hf.pocket.__file__).with_name("README.md")
 SCENES = [make_scene(seed, testbed="pocket2") for seed in range(2000, 2004)]
@@ -47,6 +53,30 @@ def test_the_file_is_small_and_has_the_keys_of_old(pocket2):
     tower = {name for name in names if "vision_tower" in name}
     assert tower and all(name.startswith("vision_tower.vision_model.") for name in tower)
     assert len(names) == len(pocket2[0].state_dict())
+
+
+def test_its_scorer_comes_with_it(pocket2):
+    """`apply_grip(model)` finds it, with its budget; it is small and made for this model."""
+    model, _ = pocket2
+    file = POCKET2.weights / SUBFOLDER / "model.safetensors"
+    assert file.stat().st_size < 3e6
+    chosen, left_out = choose_selectors(model, None, testbed="pocket2")
+    assert isinstance(chosen["grip"], GripSelector) and not left_out
+    apply_grip(model)
+    try:
+        assert (model.grip.config.selector, model.grip.config.keep_ratio) == ("grip", 0.11)
+        assert model.grip.scorer.config.hidden_size == 256
+    finally:
+        remove_grip(model)
+
+
+def test_its_scorer_answers_more_than_the_rules_that_need_none_of_its_inside(pocket2):
+    """At 5 %, on 66 held-out questions, against the selector that would choose without it."""
+    chosen, _ = choose_selectors(pocket2[0], ["grip", "cdpruner"], testbed="pocket2")
+    examples = pocket_examples(66, seed=4, testbed="pocket2")
+    found = evaluate(*pocket2, examples, chosen, [0.05], batch_size=33, progress=False).rows
+    means = {row["selector"]: row["accuracy"] for row in found if row["task"] == MEAN}
+    assert means["grip"] > means["cdpruner"] + 0.05
 
 
 def test_scoring_with_the_answer_fed_in_counts_what_generate_gets_right(pocket2):
