@@ -227,6 +227,7 @@ def test_where_there_is_none_it_cannot_be_chosen():
         TowerChoice((0.5,)).settings(build("llava"), 0, fresh=False)
 
 
+@TRAINING
 def test_what_is_learnt_from_are_the_rows_of_the_tower():
     model, processor = build_vlm()
     vlm = FrozenVLM(model, processor, tap=RowsTap(1))
@@ -348,3 +349,21 @@ def test_a_reference_model_drops_the_rows_of_its_policy(tmp_path):
     with torch.no_grad(), watched() as plans:
         assert torch.equal(policy(**inputs).logits, reference(**inputs).logits)
     assert torch.equal(plans[0].alive, plans[1].alive)
+
+
+def test_it_is_pushed_and_taken_from_the_hub_and_goes_with_the_next_upload(hub):
+    model, inputs = build_deep("llava"), make_inputs("llava", PROMPTS)
+    scorer = GripScorer(GripScorerConfig(hidden_size=32, width=8, attention_width=8)).eval()
+    apply_grip(model, scorer=scorer, keep_ratio=0.25, tower_keep_ratio=0.5)
+    model.grip.tower.scorer = make_tower_scorer()
+    model.grip.push_to_hub("me/tower")
+    apply_grip(model, scorer="me/tower")
+    assert model.grip._boundary.tower.selector.name == "grip"
+    trained = model.grip.tower.scorer.head.weight
+    assert torch.equal(trained, make_tower_scorer().head.weight)
+    with torch.no_grad():
+        model(**inputs)
+    apply_grip(model, scorer=scorer, keep_ratio=0.25)  # a later upload without one leaves none behind
+    model.grip.push_to_hub("me/tower")
+    apply_grip(model, scorer="me/tower")
+    assert model.grip.tower.scorer is None
