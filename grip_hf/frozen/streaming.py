@@ -14,7 +14,7 @@ from ..errors import DatasetError
 from ..files import make_folder, write_whole
 
 ROWS_AT_ONCE = 32  # in memory; they hold the bytes of their pictures
-BUFFER = 1000  # rows that wait to be drawn at random, also in memory
+BUFFER = 100  # rows that wait to be drawn at random, also in memory; each may hold its whole group of a file there
 
 
 def rows_as_they_come(stream: Any, limit: int, seed: int | None, told: Any, folder: Path | None = None) -> Any:
