@@ -28,7 +28,8 @@ def test_clopper_pearson_inverts_the_tail(errors, n):
 
 @pytest.mark.parametrize("errors, n, limit", [(0, 10, 0.1), (3, 50, 0.1), (1, 400, 0.01)])
 def test_the_bound_for_graded_losses_is_never_below_the_exact_tail(errors, n, limit):
-    assert tail(errors, n, limit) <= hoeffding_bentkus(errors / n, n, limit) <= 1
+    # Releases of scipy differ in the last bit.
+    assert tail(errors, n, limit) * (1 - 1e-12) <= hoeffding_bentkus(errors / n, n, limit) <= 1
 
 
 @pytest.mark.parametrize("quality, confidence", [(0.99, 0.95), (0.9, 0.95), (0.995, 0.9), (0.5, 0.5)])

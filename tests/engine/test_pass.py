@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from versions import NO_TRAINING
 
 import grip_hf
 from grip_hf import apply_grip
@@ -14,6 +15,8 @@ from grip_hf.pocket import load_pocket_llava, make_scene
 ROOT = pathlib.Path(grip_hf.__file__).parent
 # What a selector computes is its own affair; the pass ends at its door.
 SELECTORS = ("selectors", "scorer")
+# Before 5.18 `generate` encodes pictures within the call, and gives it a mask where nothing is padded.
+OLDER = {f"engine/{name}.py" for name in ("methods", "once", "taps", "masks")} if NO_TRAINING else set()
 # The steps of a pass, in their order, and where each stands.
 STEPS = (
     ("engine/hooks.py", "before_owner"),
@@ -75,7 +78,7 @@ def test_a_prefill_is_one_pass(asked, choice):
     first, last = (entered.index(step) for step in (STEPS[0], STEPS[-1]))
     entered = entered[first : last + 1]  # `generate` around it is a context, not a part of the pass
     files = collections.Counter(file for file, _ in entered if not file.startswith(SELECTORS))
-    assert len(files) <= 10, files
+    assert len(set(files) - OLDER) <= 10, files
     times = collections.Counter(entered)
     assert {step: times[step] for step in STEPS} == dict.fromkeys(STEPS, 1)
     assert [one for one in entered if one in STEPS] == list(STEPS)

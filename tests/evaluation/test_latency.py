@@ -183,6 +183,7 @@ def test_flops_follow_tokens_dropped_inside_the_model():
     assert prefill_flops(language_model, dropped) == pytest.approx(sum(halves))
 
 
+@TRAINING
 def test_rows_tell_where_tokens_are_dropped_and_how_many_are_computed():
     """Where another model has FastV's 2 of 4 layers, a model of 2 has 1 of 2."""
     found = run_bench("tiny", ["fastv", "grid", "pooled"], [4], rounds=1, decode_tokens=1, depth_of=4)
