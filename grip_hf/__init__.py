@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from . import errors
     from .config import GripConfig
     from .engine.keepsets import VisualBatch
-    from .patch import GripHandle, apply_grip, remove_grip
+    from .handle import GripHandle
+    from .patch import apply_grip, remove_grip
     from .scorer.model import GripScorer
     from .selectors import register
     from .selectors.base import Selector
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "GripConfig": "config",
-    "GripHandle": "patch",
+    "GripHandle": "handle",
     "GripScorer": "scorer.model",
     "Selector": "selectors.base",
     "VisualBatch": "engine.keepsets",

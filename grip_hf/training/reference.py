@@ -15,7 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import ConfigError
 from ..families.table import unwrap
-from ..patch import GripHandle, apply_grip, remove_grip
+from ..handle import GripHandle
+from ..patch import apply_grip, remove_grip
 
 __all__ = ["PruneReference", "prune_like"]
 

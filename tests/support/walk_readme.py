@@ -21,6 +21,7 @@ TRAIN = "--warmup-steps 1 --steps 1 --examples 16 --batch-size 8 --num-generatio
 REDUCED = {
     "demo": "--scenes 1 --selectors grip,grid --budgets 0.25",
     "train": f"{TRAIN} --eval-examples 2 --device cpu",
+    "train-tower": TRAIN,
     "eval": "--examples 9",
     "calibrate": "--quality 0.5 --confidence 0.5 --budgets 0.25",
     "curve": "--quality 0.5 --confidence 0.5 --budgets 0.25 --rounds 1",
