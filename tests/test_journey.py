@@ -148,7 +148,7 @@ print(model.grip.push_to_hub("{SCORER}"))
         assert f"{hub.url}/{SCORER}/commit/" in call(programs / "python", "-c", code, cwd=work, env=here)
         card = hub.repos[SCORER].files()["README.md"].decode()
         assert f"base_model: {BASE}" in card and "base_model_relation: adapter" in card
-        assert "| warmup_steps | `60` |" in card and "| grpo |" in card and "Citation" in card
+        assert f"| warmup_steps | `{SIZES[1]}` |" in card and "| grpo |" in card and "Citation" in card
         assert ("Agreement with the full model in %" in card) == agreement
 
         # Elsewhere, with nothing but the Hub: the snippet of the card as it stands.
