@@ -192,7 +192,7 @@ def test_two_people_at_once(open_page, tmp_path):
     people = []
     for number in (5, 6):
         user, scene = open_page(), make_scene(number)
-        question = next(one.text for one in scene.questions if one.family == "colour")
+        question = next(one.text for one in scene.questions if one.kind == "colour")
         scene.image.save(tmp_path / f"{number}.png")
         user.upload(tmp_path / f"{number}.png")
         user.choose(question=question)
