@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import DatasetError
 from ..evaluation.budgets import label
+from ..evaluation.plot import two_panels
 from ..quality.doubt import RULES
 from .calibrate import SHARE, Agreement, Array, agreement_of, answered, check_rows, curve
 from .ladder import Policy, certify, draw_up, outcome
@@ -104,12 +105,7 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'grip-hf[eval]'") from error
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, (left, right) = two_panels(10, 4.4)
     styles = {"answer": {"color": "#c1121f", "marker": "o"}, "first": {"color": "#4477aa", "marker": "s"}}
     for axes, axis in ((left, "tokens"), (right, "ttft_ms")):
         alike = sorted((row for row in rows if row["kind"] == FIXED), key=lambda row: row["tokens"])

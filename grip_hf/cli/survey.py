@@ -59,16 +59,6 @@ class Survey:
     @cached_property
     def rows(self) -> tuple[Examples, dict[str, Any]]:
         """The questions and facts about them."""
-        return self._rows()
-
-    @property
-    def chooser(self) -> Chooser:
-        """What chooses the tokens."""
-        from ..calibration.observe import Chooser
-
-        return Chooser(self.scorer, self.selector, self.force)
-
-    def _rows(self) -> tuple[Examples, dict[str, Any]]:
         if self.choice.dataset is None:
             from ..pocket.examples import OnePerScene
 
@@ -88,6 +78,13 @@ class Survey:
             say(f"one question about each of {len(chosen)} pictures is asked, of {len(order)} questions")
         facts = {"dataset": Path(name).name if Path(name).exists() else name, "split": self.split}
         return screened.examples.subset(chosen), {**facts, "bad_rows": len(screened.bad)}
+
+    @property
+    def chooser(self) -> Chooser:
+        """What chooses the tokens."""
+        from ..calibration.observe import Chooser
+
+        return Chooser(self.scorer, self.selector, self.force)
 
     def observe(
         self, budgets: list[float | int], batch_size: int, most: int, metric: str

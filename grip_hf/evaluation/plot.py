@@ -23,10 +23,6 @@ def draw_pareto(points: Sequence[Point], time_label: str, highlight: Collection[
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'grip-hf[eval]'") from error
     whole = points[0]
     curves: dict[str, list[Point]] = {}
     for point in points[1:]:
@@ -34,8 +30,7 @@ def draw_pareto(points: Sequence[Point], time_label: str, highlight: Collection[
     ranked = sorted(curves, key=lambda name: -sum(one.accuracy for one in curves[name]) / len(curves[name]))
     peers = [name for name in ranked if name not in highlight and curves[name][0].ms is not None]
     ours = [name for name in ranked if name in highlight]
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, (left, right) = two_panels(11, 4.6)
     for axes, axis in ((left, "tokens"), (right, "ms")):
         best = frontier(points, axis)
         band = {"color": "#ffd54f", "linewidth": 9, "alpha": 0.55, "solid_capstyle": "round", "label": "frontier"}
@@ -71,3 +66,18 @@ def _style(name: str, ours: Sequence[str], peers: Sequence[str]) -> dict[str, An
     turn = peers.index(name)
     marks = {"marker": "sD^vPX<>hp"[turn % 10], "markersize": 4.5, "linewidth": 1.2, "zorder": 3}
     return {"color": (*colours, "#777777", "#bbbbbb")[turn % 11], **marks}
+
+
+def two_panels(width: float, height: float) -> tuple[Any, tuple[Any, Any]]:
+    """A matplotlib figure of so many inches, and its two axes, which share what is upright.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'grip-hf[eval]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    return figure, (left, right)

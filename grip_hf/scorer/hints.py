@@ -84,3 +84,14 @@ def sinusoid(steps: Tensor, width: int) -> Tensor:
     rates = torch.exp(torch.arange(half, device=steps.device) * (-math.log(1e4) / half))
     angles = steps[..., None] * rates
     return torch.cat([angles.sin(), angles.cos()], -1)[..., :width]
+
+
+def budget_features(keep_ratio: Tensor) -> Tensor:
+    """[G, 2] float32 of a share [G] in (0, 1]: itself and its logarithm, so that small budgets can be told apart."""
+    ratio = keep_ratio.float()
+    return torch.stack([ratio, ratio.clamp(min=1e-4).log() / 4], -1)
+
+
+def unit_rms(text: Tensor) -> Tensor:
+    """[G, T, 1] what brings word embeddings [G, T, D] to a root mean square of 1, in their dtype."""
+    return text.float().square().mean(-1, keepdim=True).add(1e-12).rsqrt().to(text.dtype)

@@ -21,10 +21,12 @@ from .hints import (
     NUM_POSITION_FEATURES,
     NUM_QUERY_HINTS,
     NUM_VISUAL_HINTS,
+    budget_features,
     hints,
     lengths,
     position_features,
     sinusoid,
+    unit_rms,
 )
 from .layers import Mlp, TextBlock, VisualBlock
 from .start import draw_weights, start_as_a_matcher
@@ -157,8 +159,7 @@ class GripScorer(PreTrainedModel):
         x = self.visual(tokens) * (math.sqrt(tokens.shape[-1]) / norms).to(dtype) + self.side(side.to(dtype))
         if text is not None and text_mask is not None:
             text = self._read(text, text_mask)
-        ratio = keep_ratio.to(torch.float32)
-        budget = self.budget(torch.stack([ratio, ratio.clamp(min=1e-4).log() / 4], -1).to(dtype))[:, None]
+        budget = self.budget(budget_features(keep_ratio).to(dtype))[:, None]
         *films, last = budget.chunk(self.config.num_layers + 1, -1)
         for block, film in zip(self.blocks, films, strict=True):
             x = block(x, mask, text, text_mask, film)
@@ -213,6 +214,5 @@ class GripScorer(PreTrainedModel):
 
     def _read(self, text: Tensor, mask: Tensor) -> Tensor:
         """Words with their order and neighbours: [G, T, D] -> [G, T, W]."""
-        rms = text.float().square().mean(-1, keepdim=True).add(1e-12).rsqrt().to(text.dtype)
-        words = self.words(text) * rms + sinusoid(mask.cumsum(1), self.config.width).to(text.dtype)
+        words = self.words(text) * unit_rms(text) + sinusoid(mask.cumsum(1), self.config.width).to(text.dtype)
         return self.text_norm(self.text_block(words, mask))

@@ -16,7 +16,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..engine.keepsets import VisualBatch
 from ..errors import ScorerError
-from ..scorer.hints import NUM_POSITION_FEATURES, NUM_VISUAL_HINTS, hints, lengths, position_features, sinusoid
+from ..scorer.hints import (
+    NUM_POSITION_FEATURES,
+    NUM_VISUAL_HINTS,
+    budget_features,
+    hints,
+    lengths,
+    position_features,
+    sinusoid,
+    unit_rms,
+)
 from ..scorer.layers import Mlp, VisualBlock
 from ..scorer.model import check_loading
 from ..scorer.start import draw_weights
@@ -123,11 +132,9 @@ class TowerScorer(PreTrainedModel):
             if text is None or text_mask is None:
                 raise ScorerError("this tower scorer is query_aware and needs text and text_mask, got None")
             text = text.to(dtype)
-            scale = text.float().square().mean(-1, keepdim=True).add(1e-12).rsqrt().to(dtype)
             order = sinusoid(text_mask.cumsum(1), self.config.width).to(dtype)
-            words = self.text_norm(self.words(text) * scale + order)
-        ratio = keep_ratio.float()
-        film = self.budget(torch.stack([ratio, ratio.clamp(min=1e-4).log() / 4], -1).to(dtype))[:, None]
+            words = self.text_norm(self.words(text) * unit_rms(text) + order)
+        film = self.budget(budget_features(keep_ratio).to(dtype))[:, None]
         x = self.block(x, mask, words, text_mask, film)
         found = self.head(self.norm(x)).squeeze(-1).float() - self.distance.float() * known[..., CENTRE]
         return found.masked_fill(~mask, 0)
