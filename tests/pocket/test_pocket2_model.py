@@ -70,6 +70,7 @@ def test_its_scorer_comes_with_it(pocket2):
         remove_grip(model)
 
 
+@TRAINING
 def test_its_scorer_answers_more_than_the_rules_that_need_none_of_its_inside(pocket2):
     """At 5 %, on 66 held-out questions, against the selector that would choose without it."""
     chosen, _ = choose_selectors(pocket2[0], ["grip", "cdpruner"], testbed="pocket2")
