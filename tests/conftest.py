@@ -5,6 +5,7 @@ import torch
 import transformers.utils.hub
 from huggingface_hub import constants
 from loopback_hub import WRITER, LoopbackHub
+from PIL import ImageFile
 
 from grip_hf.engine.context import forget_all, innermost
 
@@ -25,6 +26,12 @@ def no_call_is_left_open():
     if left is not None:
         forget_all()
         pytest.fail(f"a call of a patched model was left open: {left}")
+
+
+@pytest.fixture(autouse=True)
+def half_a_picture_does_not_decode(monkeypatch):
+    """Pillow's own default, which importing lmms-eval changes for the whole process."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture

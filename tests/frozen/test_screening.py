@@ -5,19 +5,12 @@ import pytest
 from classroom import picture
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
-from PIL import ImageFile
 
 from grip_hf.errors import DatasetError
 from grip_hf.frozen import screening
 from grip_hf.frozen.data import DatasetExamples
 from grip_hf.frozen.screening import hold_out, screen
 from grip_hf.frozen.sources import load_rows
-
-
-@pytest.fixture(autouse=True)
-def strict(monkeypatch):
-    """Pillow's own setting, which lmms-eval turns off for a whole process: half a picture does not decode."""
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 def write(folder, count=60, broken=50, empty=55):
