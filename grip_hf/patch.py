@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GripHandle", "apply_grip", "remove_grip"]
 M = TypeVar("M", bound=nn.Module)
+TowerRows = tuple[Score | None, nn.Module | None]  # a callable that chooses them; the tower scorer beside the scorer
 logger = logging.getLogger(__name__)
 
 
@@ -96,9 +97,10 @@ def apply_grip(
             "axes; use position_ids='original'"
         )
     chosen = selector if callable(selector) else _named_selector(settings, asked.scorer)
+    rows = (tower_selector if callable(tower_selector) else None, asked.tower_scorer)
     promised = find(calibration, asked.folder, settings.quality is not None)
     if settings.quality is not None:
-        GripHandle(parts, settings, chosen, asked.scorer, promised).promise(settings.quality)
+        _handle(parts, settings, chosen, asked.scorer, rows, promised).promise(settings.quality)
     if promised is not None and getattr(chosen, "inside", False):
         if settings.quality is not None:
             raise UnsupportedModelError(
@@ -112,7 +114,6 @@ def apply_grip(
         from .doctor.guard import vouch  # imported late: only then are tiny models needed
 
         vouch(parts.owner.config, prune)
-    rows = (tower_selector if callable(tower_selector) else None, asked.tower_scorer)
     handle = _attach(parts, settings, chosen, asked.scorer, asked.note, rows, promised)
     if adapter is not None:
         warn_if_it_differs(adapter, handle)
@@ -124,18 +125,31 @@ def prune(model: nn.Module, selector: Score, keep_ratio: float) -> GripHandle:
     return _attach(find_parts(model), GripConfig(keep_ratio=keep_ratio), selector, None)
 
 
+def _handle(
+    parts: Parts,
+    config: GripConfig,
+    selector: Score,
+    scorer: nn.Module | None,
+    rows: TowerRows,
+    calibration: Calibration | None,
+) -> GripHandle:
+    """A patch that is not on the model yet; `rows` says what chooses those of the vision tower."""
+    handle = GripHandle(parts, config, selector, scorer, calibration)
+    handle.tower.selector, handle.tower.scorer = rows
+    return handle
+
+
 def _attach(
     parts: Parts,
     config: GripConfig,
     selector: Score,
     scorer: nn.Module | None,
     note: str = "",
-    rows: tuple[Score | None, nn.Module | None] = (None, None),
+    rows: TowerRows = (None, None),
     calibration: Calibration | None = None,
 ) -> GripHandle:
-    """Put the patch on the model, in the place of an earlier one; `rows` says what chooses those of the tower."""
-    handle = GripHandle(parts, config, selector, scorer, calibration)
-    handle.tower.selector, handle.tower.scorer = rows
+    """Put the patch on the model, in the place of an earlier one."""
+    handle = _handle(parts, config, selector, scorer, rows, calibration)
     drops = handle.tower.make()
     handle.adapters.update(getattr(vars(parts.owner).get("grip"), "adapters", {}))
     hooks = list(_prepare(selector, parts))
