@@ -18,8 +18,9 @@ from .errors import ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
 from .handle import GripHandle
 from .hub.adapter_part import part_of, warn_if_it_differs
-from .hub.resolve import resolve
+from .hub.resolve import LEARNED, resolve
 from .quality.promise import Calibration, find
+from .tower.part import tower_scorer_of
 
 if TYPE_CHECKING:
     from .scorer.model import GripScorer
@@ -64,7 +65,7 @@ def apply_grip(
         scorer: A `GripScorer`, or the folder or Hub id of what `model.grip.save_pretrained` wrote.
         selector: A selector's name, or any callable from `VisualBatch` to scores [G, N]. Overrides the config's.
         tower_selector: The same for the rows of the vision tower, where `tower_keep_ratio` drops some (see
-            `grip_hf.tower.selectors`).
+            `grip_hf.tower.selectors`). A `TowerGripSelector` is saved with the patch.
         calibration: What is promised of the answers, or the folder of its `quality.json`; None takes the one beside
             the scorer, if there is one. It is needed for `quality=...`.
         revision: Branch, tag or commit of the Hub repository to read.
@@ -87,8 +88,9 @@ def apply_grip(
     parts = _whole(find_parts(model))
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     adapter = part_of(model)
-    if isinstance(tower_selector, str):
-        overrides["tower_selector"] = tower_selector
+    learned = tower_scorer_of(tower_selector)
+    if isinstance(tower_selector, str) or learned is not None:
+        overrides["tower_selector"] = tower_selector if learned is None else LEARNED
     asked = resolve(parts, config, scorer, selector, overrides, hub, adapter, force)
     settings = asked.config
     if settings.position_ids == "compact" and parts.family.mrope:
@@ -97,7 +99,8 @@ def apply_grip(
             "axes; use position_ids='original'"
         )
     chosen = selector if callable(selector) else _named_selector(settings, asked.scorer)
-    rows = (tower_selector if callable(tower_selector) else None, asked.tower_scorer)
+    own = tower_selector if callable(tower_selector) and learned is None else None
+    rows = (own, learned or asked.tower_scorer)
     promised = find(calibration, asked.folder, settings.quality is not None)
     if settings.quality is not None:
         _handle(parts, settings, chosen, asked.scorer, rows, promised).promise(settings.quality)

@@ -10,7 +10,7 @@ import typer
 
 from . import options
 from .loading import ModelChoice
-from .screen import JsonFile, budget_list, console, failures, numbers, quiet, say, split_list
+from .screen import JsonFile, budget_list, console, failures, numbers, quiet, say, split_list, tower_choice
 from .survey import Examples_, Scorer, Selector, Styles, Survey
 
 Qualities = Annotated[str, typer.Option(help="Shares of answers to be as with all tokens, separated by commas.")]
@@ -48,6 +48,9 @@ def calibrate(
     attn_implementation: options.Attention = None,
     on_bad_row: options.OnBadRow = "stop",
     force: options.Force = False,
+    tower_keep_ratio: options.TowerShare = None,
+    tower_selector: options.TowerSelector = None,
+    tower_depth: options.TowerDepth = None,
     pocket_model: options.PocketModel = None,
     styles: Styles = "fluent,google",
     output: Annotated[Path | None, typer.Option(help="Folder to write to; without it, that of the scorer.")] = None,
@@ -62,7 +65,10 @@ def calibrate(
         pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation, testbed
     )
     wanted, rules = numbers(quality, float, "shares such as 0.99"), split_list(rule)
-    survey = Survey(choice, scorer, selector, force, split, examples, seed, on_bad_row, tuple(split_list(styles)))
+    survey = Survey(
+        choice, scorer, selector, force, split, examples, seed, on_bad_row, tuple(split_list(styles)),
+        tower_choice(tower_keep_ratio, tower_selector, tower_depth),
+    )  # fmt: skip
     asked = budget_list(budgets)
     quiet()
     from accelerate import PartialState

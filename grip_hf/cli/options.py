@@ -68,6 +68,13 @@ TowerRatio = Annotated[
     str | None,
     typer.Option(help="Shares of the vision tower's rows, separated by commas, or auto: each selector also so."),
 ]
+TowerShare = Annotated[
+    str | None,
+    typer.Option(
+        help="Share of the vision tower's rows that stays at every look but that at all tokens, or auto; without it, "
+        "that of the scorer's settings, if any."
+    ),
+]
 TowerSelector = Annotated[
     str | None,
     typer.Option(help="What chooses these: a tower selector, or a tower scorer's folder; else the model's own."),

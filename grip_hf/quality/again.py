@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -130,9 +129,7 @@ class Ladder:
         assert last is not None
         return [len(kept) == total for kept, total in zip(last.kept, last.total, strict=True)]
 
-    def _arguments(
-        self, rows: Sequence[int], memory: Memory | None, allowed: Budget
-    ) -> tuple[dict[str, Any], Sequence[int]]:
+    def _arguments(self, rows: list[int], memory: Memory | None, allowed: Budget) -> tuple[dict[str, Any], list[int]]:
         """The arguments of a look, and the rows that they are of: all, where they cannot be told apart.
 
         Pictures are encoded once for looks at which the same rows stay in the vision tower, which are all looks where
@@ -152,10 +149,10 @@ class Ladder:
             memory.replay()
         if anew:
             memory.forget()
-            self.rows, self.shown = list(rows), arguments
+            self.rows, self.shown = rows, arguments
         return dict(arguments), rows
 
-    def _pick(self, rows: Sequence[int], memory: Memory, anew: bool) -> tuple[dict[str, Any], Any]:
+    def _pick(self, rows: list[int], memory: Memory, anew: bool) -> tuple[dict[str, Any], Any]:
         parts = self.handle._boundary.parts
         encoders = {name for encoder in ENCODERS for name in parameters_of(parts.base, encoder)}
         picker = Rows(self.shown, self.ids_name, parts.token_ids, encoders)

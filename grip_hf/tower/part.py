@@ -91,3 +91,12 @@ class TowerPart:
         """Write the tower scorer, if there is one, into the folder of the scorer."""
         if self.scorer is not None:
             self.scorer.save_pretrained(os.path.join(folder, FOLDER))
+
+
+def tower_scorer_of(selector: Any) -> Any:
+    """The tower scorer that a selector of rows is no more than, or None."""
+    if selector is None or isinstance(selector, str):
+        return None
+    from .scorer import TowerGripSelector
+
+    return selector.scorer if type(selector) is TowerGripSelector else None

@@ -12,7 +12,7 @@ from grip_hf.calibration.observe import Observed
 from grip_hf.calibration.overview import draw, overview, smallest
 from grip_hf.calibration.timing import Times, first_token
 
-TIMES = Times([10.0, 20.0, 40.0, 130.0], 5.0, [1.0, 1.0, 2.0, 4.0])
+TIMES = Times([10.0, 20.0, 40.0, 130.0], [5.0] * 4, [1.0, 1.0, 2.0, 4.0])
 
 
 def test_time_to_the_first_token_that_stands():
@@ -59,7 +59,7 @@ def test_draws(tmp_path):
         ],
     }
     (tmp_path / "small.json").write_text(json.dumps(bench))
-    assert times_of(bench, (4, 12, 36, 1.0)) == Times([20.0, 25.0, 40.0, 100.0], 10.0, [2.0, 2.0, 2.0, 5.0])
+    assert times_of(bench, (4, 12, 36, 1.0)) == Times([20.0, 25.0, 40.0, 100.0], [10.0] * 4, [2.0, 2.0, 2.0, 5.0])
     options = ["--rows", "300", "--fresh", "200", "--draws", "3", "--qualities", "0.9,0.95"]
     files = [str(tmp_path / f"{seed}.npz") for seed in (1, 2)]
     more = ["--latency", str(tmp_path / "small.json"), "--json", str(tmp_path / "out.json")]
