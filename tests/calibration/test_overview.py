@@ -20,6 +20,10 @@ def test_time_to_the_first_token_that_stands():
     # picture once; a glance; for a tenth of the rows the rest of that answer and a look at all tokens
     assert first_token(TIMES, [0, 3], [1.0, 0.1], 3.0, "answer") == pytest.approx(5 + 5 + 0.1 * (2 * 1 + 125))
     assert first_token(TIMES, [0, 3], [1.0, 0.1], 3.0, "first") == pytest.approx(5 + 5 + 0.1 * 125)
+    # the picture at half of its rows for the first two budgets, and whole for the last
+    half = Times([10.0, 20.0, 40.0, 130.0], [3.0, 3.0, 4.0, 6.0], [1.0] * 4, [0, 0, 1, 2])
+    assert first_token(half, [0, 1], [1.0, 0.5], 3.0, "first") == pytest.approx(10 + 0.5 * (20 - 3))
+    assert first_token(half, [0, 2, 3], [1.0, 0.5, 0.1], 3.0, "first") == pytest.approx(10 + 0.5 * 40 + 0.1 * 130)
 
 
 def test_an_overview_has_every_budget_and_every_promise_that_can_be_made():
