@@ -121,9 +121,16 @@ class Rows:
             elif items.get(len(value)) is not None:
                 places = torch.tensor(chosen(items[len(value)] or [], rows), dtype=torch.long, device=value.device)
                 found[name] = value[places]
+            elif anew and len(outputs) == 1 and name in self.encoders and (each := self._each(value, outputs[0])):
+                found[name] = _rows_of(value, [each * count for count in self._per_row(outputs[0])], rows)
             elif anew or name not in self.encoders:
                 raise CannotPickError(f"{name} of shape {tuple(value.shape)} cannot be told apart by row")
         return found, lambda one: (self.cut(one[0], rows), self._taps(one, rows))
+
+    def _each(self, value: Tensor, output: Any) -> int:
+        """How many entries of packed pixels make a visual token; 0 if they are none."""
+        total = sum(sizes(output[FEATURES]))
+        return 0 if len(value) % total else len(value) // total
 
     def _per_row(self, output: Any) -> list[int]:
         """How many of its visual tokens each row has."""
