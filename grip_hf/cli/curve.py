@@ -10,8 +10,8 @@ import typer
 
 from . import options
 from .calibrate import LADDER, Confidence, MaxNewTokens, Qualities, Unit
-from .loading import ModelChoice
-from .screen import JsonFile, budget_list, console, failures, in_folder, numbers, quiet, say, split_list, tower_choice
+from .loading import goes_on
+from .screen import JsonFile, budget_list, console, failures, in_folder, numbers, quiet, say
 from .survey import Examples_, Scorer, Selector, Styles, Survey
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def curve(
+    context: typer.Context,
     pocket: options.Pocket = False,
     testbed: options.Testbed = "pocket",
     model: options.Model = None,
@@ -54,18 +55,9 @@ def curve(
     json_file: JsonFile = None,
 ) -> None:
     """Print agreement and accuracy against mean visual tokens and measured time, fixed budgets beside promises."""
-    choice = ModelChoice(
-        pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation, testbed
-    )
+    survey, asked = Survey.of(context), budget_list(budgets)
     wanted = numbers(quality, float, "shares such as 0.99")
-    survey = Survey(
-        choice, scorer, selector, force, split, examples, seed, on_bad_row, tuple(split_list(styles)),
-        tower_choice(tower_keep_ratio, tower_selector, tower_depth),
-    )  # fmt: skip
-    asked = budget_list(budgets)
     quiet()
-    from accelerate import PartialState
-
     from ..calibration.calibrate import agreement_of
     from ..calibration.overview import draw, overview, smallest
     from ..config import check_quality
@@ -77,11 +69,8 @@ def curve(
         for one in wanted:
             check_quality(one)
         seen, made_for, facts = survey.observe(asked, batch_size, max_new_tokens, metric)
-        processes = PartialState()
-        if processes.num_processes > 1:
-            processes.destroy_process_group()
-            if not processes.is_main_process:
-                return
+        if not goes_on():
+            return
         with console.status("timing") as status:
             times, setting = measure(survey, seen, rounds, status.update)
         rows = overview(seen, times, wanted, confidence, unit, seed)
@@ -89,7 +78,7 @@ def curve(
         best, name = smallest(rows, within)
         say(f"smallest budget within {within:g} points of all tokens ({name}): {best['name']}")
         if output is not None:
-            figure = draw(rows, f"{choice.name}, {len(seen)} questions")
+            figure = draw(rows, f"{survey.choice.name}, {len(seen)} questions")
             write_whole(output, partial(figure.savefig, dpi=150))
             say(f"drawn in {output}")
         if json_file is not None:

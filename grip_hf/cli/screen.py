@@ -78,15 +78,13 @@ def tower_choice(ratios: str | None, selector: str | None, depth: float | None) 
         if selector is not None or depth is not None:
             raise typer.BadParameter("--tower-selector and --tower-depth go with --tower-keep-ratio")
         return None
-    from ..config import AUTO, check_tower_depth
+    from ..config import AUTO
     from ..evaluation.towers import TowerChoice
 
     found = [
         one if one == AUTO else numbers(one, wanted="--tower-keep-ratio: numbers")[0] for one in split_list(ratios)
     ]
     with failures():
-        if depth is not None:
-            depth = check_tower_depth(int(depth) if depth >= 1 and depth == int(depth) else depth)
         return TowerChoice(tuple(found), selector, depth)
 
 

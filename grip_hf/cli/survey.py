@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .loading import ModelChoice, load_examples
-from .screen import say
+from .screen import say, split_list, tower_choice
 
 if TYPE_CHECKING:
     from ..calibration.chooser import Chooser
@@ -54,6 +54,15 @@ class Survey:
     on_bad_row: str
     styles: tuple[str, ...]
     tower: TowerChoice | None = None
+
+    @classmethod
+    def of(cls, context: typer.Context) -> Survey:
+        """What the options of a command say; raises `BadParameter`."""
+        given = context.params
+        names = ("scorer", "selector", "force", "split", "examples", "seed", "on_bad_row")
+        tower = tower_choice(given["tower_keep_ratio"], given["tower_selector"], given["tower_depth"])
+        styles = tuple(split_list(given["styles"]))
+        return cls(ModelChoice.of(context), **{name: given[name] for name in names}, styles=styles, tower=tower)
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
