@@ -44,9 +44,16 @@ def train_command(
     beta: Annotated[float, typer.Option(help="Weight of the KL to the warm-up's policy.")] = 0.0,
     greedy: Annotated[bool, typer.Option(help="Give each group a greedy member as part of its baseline.")] = False,
     temperature: Annotated[float, typer.Option(help="Temperature of GRPO's draws, or of the soft top-k.")] = 1.0,
+    final_temperature: Annotated[
+        float | None, typer.Option(help="What the soft top-k's temperature ends at; else it stays.")
+    ] = None,
+    soft_gates: Annotated[bool, typer.Option(help="Let the relaxation see soft choices, not hard ones.")] = False,
     draws: Annotated[int, typer.Option(min=1, help="Keep-sets per example and step of the relaxation.")] = 1,
     width: Annotated[int, typer.Option(min=1, help="Width of the scorer.")] = 256,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the scorer.")] = 1,
+    memory_width: Annotated[
+        int, typer.Option(min=0, help="Numbers by which kept tokens change the scores of the rest.")
+    ] = 0,
     examples: Annotated[int, typer.Option(min=1, help="Questions to train on (of a dataset: at most).")] = 30_000,
     on_bad_row: options.OnBadRow = "stop",
     streaming: options.Streaming = False,
@@ -93,6 +100,8 @@ def train_command(
     else:
         args["per_device_train_batch_size"] = max(1, batch_size // num_generations)
         more = {"temperature": temperature, "draws": draws}
+        more |= {"final_temperature": final_temperature} if final_temperature is not None else {}
+        more |= {"soft_gates": True} if soft_gates else {}
     args |= upstream_options(context.args, method)
     with failures():
         from ..evaluation.answers import check_metric
@@ -113,7 +122,7 @@ def train_command(
             target=target,
             seed=seed,
             save_every=save_steps,
-            scorer={"width": width, "num_layers": layers},
+            scorer={"width": width, "num_layers": layers} | ({"memory_width": memory_width} if memory_width else {}),
             warmup_args={
                 **shared,
                 "per_device_train_batch_size": warmup_batch_size,

@@ -77,6 +77,11 @@ class TrainingPlan:
         if self.method == "grpo":
             reward_functions(self.options.get("rewards", DEFAULT_REWARDS))
         check_settings(self.options)
+        if self.method == "relaxed" and self.scorer.get("memory_width"):
+            raise ConfigError(
+                "method 'relaxed' picks all tokens at once: memory_width must be 0, "
+                f"got {self.scorer['memory_width']!r}"
+            )
         check_keep_ratio(self.keep_ratio)
 
     def stages(self) -> dict[str, TrainingArguments]:
@@ -85,6 +90,8 @@ class TrainingPlan:
         stages: dict[str, TrainingArguments] = {}
         if self.warmup_steps:
             folder, settings = str(self.output / "warmup"), {**shared, **self.warmup_args}
+            if self.scorer.get("memory_width"):  # which the warm-up does not train: it ranks what nothing is kept of
+                settings["ddp_find_unused_parameters"] = True
             stages["warmup"] = training_arguments(folder, max_steps=self.warmup_steps, **settings)
         if self.steps and self.method != "warmup":
             folder, settings = str(self.output / self.method), {**shared, **self.args}
