@@ -25,7 +25,13 @@ def train_command(
     dataset: options.Dataset = None,
     split: options.Split = None,
     method: Annotated[str, typer.Option(help="After the warm-up: grpo, relaxed, or warmup for nothing.")] = "grpo",
-    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of the warm-up.")] = 400,
+    scorer: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of a scorer to go on from; the warm-up is left out then."),
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option(min=0, help="Steps of the warm-up.", show_default="400, with --scorer 0")
+    ] = None,
     steps: Annotated[int, typer.Option(min=0, help="Steps of the method.")] = 900,
     warmup_batch_size: Annotated[int, typer.Option(min=1, help="Examples per warm-up step and process.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1, help="Keep-sets per GRPO step and process.")] = 64,
@@ -49,8 +55,8 @@ def train_command(
     ] = None,
     soft_gates: Annotated[bool, typer.Option(help="Let the relaxation see soft choices, not hard ones.")] = False,
     draws: Annotated[int, typer.Option(min=1, help="Keep-sets per example and step of the relaxation.")] = 1,
-    width: Annotated[int, typer.Option(min=1, help="Width of the scorer.")] = 256,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the scorer.")] = 1,
+    width: Annotated[int | None, typer.Option(min=1, help="Width of the scorer.", show_default="256")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the scorer.", show_default="1")] = None,
     memory_width: Annotated[
         int, typer.Option(min=0, help="Numbers by which kept tokens change the scores of the rest.")
     ] = 0,
@@ -116,13 +122,14 @@ def train_command(
         plan = TrainingPlan(
             output=output,
             method=method,
-            warmup_steps=warmup_steps,
+            warmup_steps=(0 if scorer else 400) if warmup_steps is None else warmup_steps,
             steps=steps,
             budgets=BudgetRange(*low_high),
             target=target,
             seed=seed,
             save_every=save_steps,
-            scorer={"width": width, "num_layers": layers} | ({"memory_width": memory_width} if memory_width else {}),
+            scorer=_sizes(width, layers, memory_width, {} if scorer else {"width": 256, "num_layers": 1}),
+            start=scorer,
             warmup_args={
                 **shared,
                 "per_device_train_batch_size": warmup_batch_size,
@@ -141,6 +148,12 @@ def train_command(
             estimate(job)
             return
         job.run()
+
+
+def _sizes(width: int | None, layers: int | None, memory_width: int, usual: dict[str, int]) -> dict[str, int]:
+    """The sizes of a scorer that were asked for, and the usual ones of a fresh one."""
+    given = {"width": width, "num_layers": layers, "memory_width": memory_width or None}
+    return usual | {name: size for name, size in given.items() if size is not None}
 
 
 def upstream_options(words: list[str], method: str) -> dict[str, Any]:
