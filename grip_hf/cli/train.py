@@ -43,7 +43,7 @@ def train_command(
     budgets: Annotated[str, typer.Option(help="Smallest and largest keep ratio, separated by a comma.")] = "0.03,0.6",
     target: Annotated[str, typer.Option(help="Target of the warm-up: combined, gradient or attention.")] = "combined",
     rewards: Annotated[
-        str, typer.Option(help="Rewards: closeness, correctness, likelihood.")
+        str, typer.Option(help="Rewards: closeness, correctness, likelihood, ladder.")
     ] = "closeness,correctness",
     reward_weights: Annotated[str, typer.Option(help="Their weights.")] = "1,1",
     entropy_coef: Annotated[float, typer.Option(help="Weight of the entropy bonus.")] = 0.001,

@@ -89,6 +89,7 @@ def make_rollout(store: SampleStore, budgets: BudgetRange, greedy: bool = False)
             "kl": verdict.kl.tolist(),
             "correct": verdict.correct.tolist(),
             "log_prob": verdict.log_prob.tolist(),
+            "confidence": verdict.confidence.tolist(),
             "predicted": [decode(ids[ids >= 0], skip_special_tokens=True) for ids in verdict.predicted],
         }
         if greedy:
