@@ -67,6 +67,7 @@ class GripHandle:
         self._looks = (LookAgain(self),) if promised and hasattr(type(parts.owner), "generate") else ()
         self.adapters: dict[str, AdapterPart] = {}
         self.tower = TowerPart(self._boundary, config)
+        self._of_tower: dict[float | str | None, dict[str, Any] | None] = {}
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
@@ -100,8 +101,10 @@ class GripHandle:
         Args:
             asked: The budget, which says how many rows of the vision tower stay; None takes that at hand.
         """
-        asked = asked_of(self._boundary) if asked is None else asked
-        return {**self._own_identity, "tower": of_tower(asked.tower_keep_ratio, self.tower.dropping(asked))}
+        share = (asked_of(self._boundary) if asked is None else asked).tower_keep_ratio
+        if share not in self._of_tower:
+            self._of_tower[share] = of_tower(share, self.tower.dropping(Budget(tower_keep_ratio=share)))
+        return {**self._own_identity, "tower": self._of_tower[share]}
 
     @cached_property
     def _own_identity(self) -> dict[str, Any]:
