@@ -47,7 +47,8 @@ def score_groups(scorer: nn.Module, batch: VisualBatch) -> Tensor:
 
 def rate_groups(scorer: GripScorer, batch: VisualBatch) -> Rated:
     """The same with what a scorer with memory needs while it picks."""
-    return scorer.rate(*_seen(batch)) if scorer.config.memory_width else Rated(scorer(*_seen(batch)))
+    remembers = getattr(scorer, "memory", None) is not None  # no tower scorer does
+    return scorer.rate(*_seen(batch)) if remembers else Rated(scorer(*_seen(batch)))
 
 
 def _seen(batch: VisualBatch) -> tuple[Any, ...]:
