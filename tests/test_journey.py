@@ -1,6 +1,6 @@
 """The whole journey from the built wheel, for each form that people have their data in.
 
-Train, be killed, go on, evaluate, share, load elsewhere by what the card says, serve, ask.
+Train, be killed, go on, calibrate, evaluate, share, load elsewhere by what the card says, serve, ask.
 """
 
 import base64
@@ -128,6 +128,13 @@ def test_from_a_folder_to_an_answer(form, programs, model_files, tmp_path):
         assert int(re.search(r"warmup: resuming from step (\d+)", said)[1]) >= 10
         assert "finished, nothing to do" in call(*train, cwd=work, env=here)
 
+        # Find what can be promised on the same data; the scorer's folder then holds it.
+        asked = ["--scorer", "run", "--quality", "0.5", "--confidence", "0.8", "--budgets", "4,8", "--examples", "30"]
+        program = [programs / "grip-hf", "calibrate", *own, *asked, "--max-new-tokens", "5", "--device", "cpu"]
+        assert "50.0%" in call(*program, "--json", "promise.json", cwd=work, env=here)
+        (promise, *_) = json.loads((work / "promise.json").read_text())["promises"]
+        assert promise["quality"] == 0.5
+
         # Evaluate on the same data by another metric, every answer in a file.
         files = ["--json", "table.json", "--log-samples", "answers.jsonl"]
         measure = ["--selectors", "mine=run,random", "--budgets", "0.5,4", "--metric", "contains", "--examples", "9"]
@@ -150,6 +157,7 @@ print(model.grip.push_to_hub("{SCORER}"))
         assert f"base_model: {BASE}" in card and "base_model_relation: adapter" in card
         assert f"| warmup_steps | `{SIZES[1]}` |" in card and "| grpo |" in card and "Citation" in card
         assert ("Agreement with the full model in %" in card) == agreement
+        assert "| 50.0% | answer |" in card
 
         # Elsewhere, with nothing but the Hub: the snippet of the card as it stands.
         elsewhere = tmp_path / "elsewhere"
@@ -161,6 +169,26 @@ print(model.grip.push_to_hub("{SCORER}"))
         code = snippet.replace("What is in this picture?", question).replace("picture.jpg", "picture.png")
         there = {**here, "HF_HOME": str(tmp_path / "other")}
         wanted = call(programs / "python", "-c", code, cwd=elsewhere, env=there).strip()
+
+        # The promise came along: at most as many looks as the ladder has, and what was kept is one of its budgets.
+        code = f"""
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from grip_hf import apply_grip
+model = AutoModelForImageTextToText.from_pretrained("{BASE}")
+apply_grip(model, scorer="{SCORER}", quality=0.5)
+inputs = AutoProcessor.from_pretrained("{BASE}")(
+    images=Image.open("picture.png"), text="<image>{question}", return_tensors="pt"
+)
+out = model.generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+(look,), (kept,) = model.grip.last.looks, model.grip.kept_tokens(out)
+rung = model.grip.promise(0.5).ladder[look - 1]
+print("kept", len(kept), "of", 16 if rung == 1.0 else rung)
+"""
+        kept, of = re.search(
+            r"kept (\d+) of (\d+)", call(programs / "python", "-c", code, cwd=elsewhere, env=there)
+        ).groups()
+        assert kept == of
 
         # Serve it, and ask what the snippet asked.
         with socket.socket() as one:

@@ -43,6 +43,7 @@ def answer(
     budgets: Annotated[str, typer.Option(help="Keep ratios.")] = BUDGETS,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 50,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
+    scorer: Annotated[str | None, typer.Option(help="Folder of a scorer; without it, the one that ships.")] = None,
     features: Annotated[bool, typer.Option("--features", help="Keep what else may tell doubt (see `head`).")] = False,
 ) -> None:
     """Ask the pocket model about fresh scenes at every budget."""
@@ -52,7 +53,8 @@ def answer(
     model, processor = load_pocket_model()
     rows = OnePerScene(examples, seed, styles=tuple(styles.split(",")))
     ratios = [float(one) for one in budgets.split(",")]
-    observe(model, processor, rows, Chooser(), ratios, batch_size, max_new_tokens, features=features).save(output)
+    chooser = Chooser(scorer)
+    observe(model, processor, rows, chooser, ratios, batch_size, max_new_tokens, features=features).save(output)
 
 
 @app.command()

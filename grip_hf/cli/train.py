@@ -25,7 +25,13 @@ def train_command(
     dataset: options.Dataset = None,
     split: options.Split = None,
     method: Annotated[str, typer.Option(help="After the warm-up: grpo, relaxed, or warmup for nothing.")] = "grpo",
-    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of the warm-up.")] = 400,
+    scorer: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of a scorer to go on from; the warm-up is left out then."),
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option(min=0, help="Steps of the warm-up.", show_default="400, with --scorer 0")
+    ] = None,
     steps: Annotated[int, typer.Option(min=0, help="Steps of the method.")] = 900,
     warmup_batch_size: Annotated[int, typer.Option(min=1, help="Examples per warm-up step and process.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1, help="Keep-sets per GRPO step and process.")] = 64,
@@ -37,16 +43,23 @@ def train_command(
     budgets: Annotated[str, typer.Option(help="Smallest and largest keep ratio, separated by a comma.")] = "0.03,0.6",
     target: Annotated[str, typer.Option(help="Target of the warm-up: combined, gradient or attention.")] = "combined",
     rewards: Annotated[
-        str, typer.Option(help="Rewards: closeness, correctness, likelihood.")
+        str, typer.Option(help="Rewards: closeness, correctness, likelihood, ladder.")
     ] = "closeness,correctness",
     reward_weights: Annotated[str, typer.Option(help="Their weights.")] = "1,1",
     entropy_coef: Annotated[float, typer.Option(help="Weight of the entropy bonus.")] = 0.001,
     beta: Annotated[float, typer.Option(help="Weight of the KL to the warm-up's policy.")] = 0.0,
     greedy: Annotated[bool, typer.Option(help="Give each group a greedy member as part of its baseline.")] = False,
     temperature: Annotated[float, typer.Option(help="Temperature of GRPO's draws, or of the soft top-k.")] = 1.0,
+    final_temperature: Annotated[
+        float | None, typer.Option(help="What the soft top-k's temperature ends at; else it stays.")
+    ] = None,
+    soft_gates: Annotated[bool, typer.Option(help="Let the relaxation see soft choices, not hard ones.")] = False,
     draws: Annotated[int, typer.Option(min=1, help="Keep-sets per example and step of the relaxation.")] = 1,
-    width: Annotated[int, typer.Option(min=1, help="Width of the scorer.")] = 256,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the scorer.")] = 1,
+    width: Annotated[int | None, typer.Option(min=1, help="Width of the scorer.", show_default="256")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the scorer.", show_default="1")] = None,
+    memory_width: Annotated[
+        int, typer.Option(min=0, help="Numbers by which kept tokens change the scores of the rest.")
+    ] = 0,
     examples: Annotated[int, typer.Option(min=1, help="Questions to train on (of a dataset: at most).")] = 30_000,
     on_bad_row: options.OnBadRow = "stop",
     streaming: options.Streaming = False,
@@ -93,6 +106,8 @@ def train_command(
     else:
         args["per_device_train_batch_size"] = max(1, batch_size // num_generations)
         more = {"temperature": temperature, "draws": draws}
+        more |= {"final_temperature": final_temperature} if final_temperature is not None else {}
+        more |= {"soft_gates": True} if soft_gates else {}
     args |= upstream_options(context.args, method)
     with failures():
         from ..evaluation.answers import check_metric
@@ -107,13 +122,14 @@ def train_command(
         plan = TrainingPlan(
             output=output,
             method=method,
-            warmup_steps=warmup_steps,
+            warmup_steps=(0 if scorer else 400) if warmup_steps is None else warmup_steps,
             steps=steps,
             budgets=BudgetRange(*low_high),
             target=target,
             seed=seed,
             save_every=save_steps,
-            scorer={"width": width, "num_layers": layers},
+            scorer=_sizes(width, layers, memory_width, {} if scorer else {"width": 256, "num_layers": 1}),
+            start=scorer,
             warmup_args={
                 **shared,
                 "per_device_train_batch_size": warmup_batch_size,
@@ -132,6 +148,12 @@ def train_command(
             estimate(job)
             return
         job.run()
+
+
+def _sizes(width: int | None, layers: int | None, memory_width: int, usual: dict[str, int]) -> dict[str, int]:
+    """The sizes of a scorer that were asked for, and the usual ones of a fresh one."""
+    given = {"width": width, "num_layers": layers, "memory_width": memory_width or None}
+    return usual | {name: size for name, size in given.items() if size is not None}
 
 
 def upstream_options(words: list[str], method: str) -> dict[str, Any]:

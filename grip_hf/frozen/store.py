@@ -26,12 +26,14 @@ class Verdict:
         correct: [B] bool, the pruned model would write the reference answer, greedily and exactly.
         log_prob: [B] log-probability of the reference answer.
         predicted: [B, Amax] long, the likeliest token at each position; -1 where padded.
+        confidence: [B] log-probability of these likeliest tokens together: how sure the pruned model is.
     """
 
     kl: Tensor
     correct: Tensor
     log_prob: Tensor
     predicted: Tensor
+    confidence: Tensor
 
 
 def compare(full: Tensor, pruned: Tensor, ids: Tensor, mask: Tensor) -> Verdict:
@@ -48,8 +50,9 @@ def compare(full: Tensor, pruned: Tensor, ids: Tensor, mask: Tensor) -> Verdict:
     """
     kl = (full.exp() * (full - pruned)).sum(-1).masked_fill(~mask, 0).sum(-1)
     told = pruned.gather(2, ids[..., None]).squeeze(-1).masked_fill(~mask, 0).sum(-1)
-    best = pruned.argmax(-1)
-    return Verdict(kl.clamp(min=0), ((best == ids) | ~mask).all(-1), told, best.masked_fill(~mask, -1))
+    highest, best = pruned.max(-1)
+    sure = highest.masked_fill(~mask, 0).sum(-1)
+    return Verdict(kl.clamp(min=0), ((best == ids) | ~mask).all(-1), told, best.masked_fill(~mask, -1), sure)
 
 
 class SampleStore:

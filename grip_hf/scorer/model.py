@@ -29,6 +29,7 @@ from .hints import (
     unit_rms,
 )
 from .layers import Mlp, TextBlock, VisualBlock
+from .memory import Memory, Rated
 from .start import draw_weights, start_as_a_matcher
 
 BUDGET_WIDTH = 64
@@ -56,10 +57,13 @@ class GripScorerConfig(PreTrainedConfig):
         num_layers: Blocks in which visual tokens attend to the question and to each other.
         num_heads: Heads per attention; must divide `attention_width`.
         query_aware: Whether the question is read; without it the scorer needs no text.
+        memory_width: Numbers by which what is kept already changes the scores of the rest (see `memory.py`); 0 for
+            scores that stay.
         base_model: The model that it is made for, `{"id", "model_type", "text_model_type"}`, or None if not known.
 
     Raises:
-        ScorerError: A size is not a positive integer, or `num_heads` does not divide `attention_width`.
+        ScorerError: A size is not a positive integer (`memory_width` may be 0), or `num_heads` does not divide
+            `attention_width`.
     """
 
     model_type = "grip_scorer"
@@ -70,6 +74,7 @@ class GripScorerConfig(PreTrainedConfig):
     num_layers: int = 1
     num_heads: int = 4
     query_aware: bool = True
+    memory_width: int = 0
     base_model: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -77,6 +82,8 @@ class GripScorerConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ScorerError(f"{name} must be an integer >= 1, got {value!r}")
+        if isinstance(self.memory_width, bool) or not isinstance(self.memory_width, int) or self.memory_width < 0:
+            raise ScorerError(f"memory_width must be an integer >= 0, got {self.memory_width!r}")
         if not isinstance(self.query_aware, bool):
             raise ScorerError(f"query_aware must be True or False, got {self.query_aware!r}")
         if self.attention_width % self.num_heads:
@@ -110,7 +117,10 @@ class GripScorer(PreTrainedModel):
         self.blocks = nn.ModuleList(VisualBlock(*sizes, config.query_aware) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
         self.head = Mlp(width, width // 2 or 1, 1)
+        self.memory = Memory(width, config.memory_width) if config.memory_width else None
         draw_weights(self)
+        if self.memory is not None:
+            self.memory.start_empty()
         if config.query_aware:
             start_as_a_matcher(self.visual, self.words, [block.to_text for block in self.blocks])
         self.post_init()
@@ -127,7 +137,7 @@ class GripScorer(PreTrainedModel):
         keep_ratio: Tensor,
         positions: Tensor,
     ) -> Tensor:
-        """Score the visual tokens of each group.
+        """Score the visual tokens of each group, before any is picked.
 
         Args:
             tokens: [G, N, D] projected visual tokens, any float dtype.
@@ -143,6 +153,18 @@ class GripScorer(PreTrainedModel):
         Raises:
             ScorerError: `tokens` has another width than the scorer was made for, or the question is missing.
         """
+        return self.rate(tokens, mask, text, text_mask, keep_ratio, positions).scores
+
+    def rate(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        text: Tensor | None,
+        text_mask: Tensor | None,
+        keep_ratio: Tensor,
+        positions: Tensor,
+    ) -> Rated:
+        """What `forward` says, from the same arguments, with what a scorer with memory needs while it picks."""
         if tokens.shape[-1] != self.config.hidden_size:
             raise ScorerError(
                 f"this scorer is made for tokens of hidden_size {self.config.hidden_size}, got {tokens.shape[-1]}"
@@ -164,8 +186,9 @@ class GripScorer(PreTrainedModel):
         for block, film in zip(self.blocks, films, strict=True):
             x = block(x, mask, text, text_mask, film)
         scale, shift = last.chunk(2, -1)
-        scores = self.head(self.norm(x) * (1 + scale) + shift).squeeze(-1)
-        return scores.float().masked_fill(~mask, 0)
+        x = self.norm(x) * (1 + scale) + shift
+        scores = self.head(x).squeeze(-1).float().masked_fill(~mask, 0)
+        return Rated(scores) if self.memory is None else Rated(scores, *self.memory(x))
 
     @classmethod
     def from_pretrained(  # the name of the first argument is upstream's

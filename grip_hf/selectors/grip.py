@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..engine.keepsets import VisualBatch
 from ..errors import ScorerError
+from ..scorer.memory import as_scores, pick_in_turn
 from ..scorer.model import GripScorer
 from . import register
 from .base import Selector
@@ -53,5 +54,8 @@ class GripSelector(Selector):
 
     @torch.no_grad()
     def __call__(self, batch: VisualBatch) -> Tensor:
-        """Return the scorer's scores [G, N]."""
-        return self.scorer(batch.tokens, batch.mask, batch.text, batch.text_mask, batch.keep_ratio, batch.positions)
+        """Return the scorer's scores [G, N]; one with memory picks, and its scores tell the order."""
+        seen = (batch.tokens, batch.mask, batch.text, batch.text_mask, batch.keep_ratio, batch.positions)
+        if not self.scorer.config.memory_width:
+            return self.scorer(*seen)
+        return as_scores(*pick_in_turn(self.scorer.rate(*seen), batch.mask, batch.budgets), batch.mask)

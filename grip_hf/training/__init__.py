@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .pipeline import TrainingPlan, train_scorer
     from .reference import PruneReference, prune_like
     from .relaxed import RelaxedTrainer
-    from .rewards import closeness, correctness, likelihood
+    from .rewards import closeness, correctness, ladder, likelihood
     from .rollout import BudgetRange
     from .supervised import training_arguments
     from .warmup import WarmupTrainer
@@ -40,6 +40,7 @@ _HOMES = {
     "correctness": ".rewards",
     "grpo_config": ".grpo",
     "last_checkpoint": ".checkpoints",
+    "ladder": ".rewards",
     "likelihood": ".rewards",
     "load_model": "..frozen.sources",
     "load_rows": "..frozen.sources",
@@ -66,6 +67,7 @@ __all__ = [
     "closeness",
     "correctness",
     "grpo_config",
+    "ladder",
     "last_checkpoint",
     "likelihood",
     "load_model",

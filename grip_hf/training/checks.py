@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from ..errors import ConfigError
 
-POSITIVE = ("learning_rate", "temperature")
+POSITIVE = ("learning_rate", "temperature", "final_temperature")
 NOT_NEGATIVE = ("beta", "entropy_coef")
 
 

@@ -16,8 +16,9 @@ from ..errors import ConfigError, GripError
 from ..files import make_folder
 from ..frozen.store import SampleStore
 from ..hub.resolve import describe_base
-from ..scorer.model import GripScorer, GripScorerConfig
+from ..scorer.model import GripScorer
 from .checkpoints import last_checkpoint, save_scorer, saving
+from .first import digest, first_scorer
 from .grpo import make_grpo_trainer
 from .plan import TrainingPlan, keep_plan
 from .relaxed import RelaxedTrainer
@@ -49,11 +50,12 @@ def train_scorer(
     make_folder(plan.output)
     stages, base = plan.stages(), describe_base(store.vlm.parts.owner)
     state, width = PartialState(), store.vlm.hidden_size
+    set_seed(plan.seed)
+    scorer = first_scorer(plan.start, plan.scorer, width, base, store.vlm.parts)
     with state.main_process_first():
         facts = {**plan.facts(), "model": {**base, "hidden_size": width}, "questions": len(store.examples)}
+        facts |= {} if plan.start is None else {"start": f"{plan.start} ({digest(scorer)})"}
         keep_plan(plan.output, facts, write=state.is_main_process)
-    set_seed(plan.seed)
-    scorer = GripScorer(GripScorerConfig(hidden_size=width, base_model=base, **plan.scorer))
     nn.Module.to(scorer, store.vlm.device)
     todo = [name for name in stages if not finished(plan.output / name)]
     if not todo and stages:

@@ -33,13 +33,14 @@ class TrainingPlan:
         output: Folder of the run: `warmup/` and `grpo/` (or `relaxed/`) hold checkpoints and each stage's scorer; the
             folder itself ends up with the final scorer.
         method: What follows the warm-up: "grpo", "relaxed", or "warmup" for nothing.
-        warmup_steps: Steps of the warm-up; 0 starts from a fresh scorer.
+        warmup_steps: Steps of the warm-up; 0 leaves it out.
         steps: Steps of the method.
         budgets: Keep ratios to train on.
         target: Target of the warm-up.
         seed: Of weights, order and draws.
         save_every: Steps between checkpoints.
         scorer: Sizes of the scorer that differ from the defaults.
+        start: Folder or Hub id of a scorer to go on from; None starts with a fresh one.
         warmup_args: Settings of the warm-up's `TrainingArguments`.
         args: Settings of the method's `GRPOConfig` or `TrainingArguments`.
         options: Further arguments of `make_grpo_trainer` or `RelaxedTrainer`.
@@ -59,6 +60,7 @@ class TrainingPlan:
     seed: int = 0
     save_every: int = 250
     scorer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    start: str | None = None
     warmup_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -77,6 +79,11 @@ class TrainingPlan:
         if self.method == "grpo":
             reward_functions(self.options.get("rewards", DEFAULT_REWARDS))
         check_settings(self.options)
+        if self.method == "relaxed" and self.scorer.get("memory_width"):
+            raise ConfigError(
+                "method 'relaxed' picks all tokens at once: memory_width must be 0, "
+                f"got {self.scorer['memory_width']!r}"
+            )
         check_keep_ratio(self.keep_ratio)
 
     def stages(self) -> dict[str, TrainingArguments]:
@@ -85,6 +92,8 @@ class TrainingPlan:
         stages: dict[str, TrainingArguments] = {}
         if self.warmup_steps:
             folder, settings = str(self.output / "warmup"), {**shared, **self.warmup_args}
+            if self.scorer.get("memory_width"):  # which the warm-up does not train: it ranks what nothing is kept of
+                settings["ddp_find_unused_parameters"] = True
             stages["warmup"] = training_arguments(folder, max_steps=self.warmup_steps, **settings)
         if self.steps and self.method != "warmup":
             folder, settings = str(self.output / self.method), {**shared, **self.args}

@@ -6,7 +6,8 @@ vision-language model, stays outside the module tree, so that checkpoints hold t
 
 TRL takes the logits, or (from 1.15 on) calls the backbone and multiplies what it returns with the weight of the output
 embeddings. The backbone gives, for each pick, the scores of the tokens not picked yet, and the weight is the identity;
-log-probs, entropies and gradients are then exactly those of the Plackett-Luce distribution over the scores.
+log-probs, entropies and gradients are then exactly those of the Plackett-Luce distribution over the scores, those of a
+scorer with memory being what the picks before made of them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from ..engine.keepsets import VisualBatch
 from ..frozen.store import SampleStore
+from ..scorer.memory import Rated, scores_before_picks
 from ..scorer.model import GripScorer, GripScorerConfig, check_loading
 
 # Not -inf: the identity head would make NaN of -inf * 0.
@@ -40,8 +42,17 @@ EXTRA = ("<pad>", "</s>")
 
 def score_groups(scorer: nn.Module, batch: VisualBatch) -> Tensor:
     """[G, N] float32 scores of a batch, with gradients."""
+    return scorer(*_seen(batch))
+
+
+def rate_groups(scorer: GripScorer, batch: VisualBatch) -> Rated:
+    """The same with what a scorer with memory needs while it picks."""
+    return scorer.rate(*_seen(batch)) if scorer.config.memory_width else Rated(scorer(*_seen(batch)))
+
+
+def _seen(batch: VisualBatch) -> tuple[Any, ...]:
     ratio = (batch.budgets / batch.mask.sum(1)).float().clamp(max=1)
-    return scorer(batch.tokens, batch.mask, batch.text, batch.text_mask, ratio, batch.positions)
+    return batch.tokens, batch.mask, batch.text, batch.text_mask, ratio, batch.positions
 
 
 class PruningPolicyConfig(PreTrainedConfig):
@@ -86,11 +97,14 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"an example has {batch.mask.shape[1]} visual tokens, the policy allows {self.num_actions}"
             )
-        scores = score_groups(self.scorer, batch).masked_fill(~batch.mask, GONE)
-        scores = nn.functional.pad(scores, (0, self.num_actions - scores.shape[1]), value=GONE)
+        size = batch.mask.shape[1]
+        rated = rate_groups(self.scorer, batch).rows(group)
+        states = scores_before_picks(rated, picks.clamp(max=size - 1))
+        states = states.masked_fill(~batch.mask[group][:, None], GONE)
+        states = nn.functional.pad(states, (0, self.num_actions - size), value=GONE)
         chosen = nn.functional.one_hot(picks.clamp(max=self.num_actions - 1), self.num_actions)
         taken = (chosen.cumsum(1) - chosen).bool() & real[..., None]
-        states = scores[group][:, None].expand(*taken.shape).masked_fill(taken, GONE)
+        states = states.masked_fill(taken, GONE)
         return BaseModelOutput(last_hidden_state=nn.functional.pad(states, (0, 0, 0, 1)))
 
 

@@ -1,8 +1,8 @@
 """The baseline that GRPO is compared with: a continuous relaxation of top-k, trained by straight-through gradients.
 
 Forward, exactly the best tokens of Gumbel-perturbed scores are seen; backward, the gradient passes through a soft
-top-k. The loss is the differentiable form of GRPO's rewards: KL(full || pruned) on the answer's positions minus the
-probability of the answer.
+top-k (or, if asked for, that is what is seen forward too: the noise is then on the scores alone). The loss is GRPO's
+rewards in a differentiable form: KL(full || pruned) on the answer's positions minus the probability of the answer.
 """
 
 from __future__ import annotations
@@ -54,12 +54,19 @@ def soft_topk(scores: Tensor, mask: Tensor, budgets: Tensor, temperature: float,
     return torch.sigmoid((scores - threshold) / temperature).masked_fill(~mask, 0)
 
 
-def straight_through(scores: Tensor, mask: Tensor, budgets: Tensor, temperature: float, noise: float = 1.0) -> Tensor:
-    """[G, N] gates: 1 at the best tokens of `scores` plus Gumbel noise, else 0, with the gradient of `soft_topk`."""
+def straight_through(
+    scores: Tensor, mask: Tensor, budgets: Tensor, temperature: float, noise: float = 1.0, soft_gates: bool = False
+) -> Tensor:
+    """[G, N] gates: 1 at the best tokens of `scores` plus Gumbel noise, else 0, with the gradient of `soft_topk`.
+
+    With `soft_gates` the gates are the weights of `soft_topk` themselves.
+    """
     gumbel = -torch.empty_like(scores).exponential_().log()
     noisy = scores + noise * gumbel
-    hard = topk_mask(noisy.detach(), mask, budgets).float()
     soft = soft_topk(noisy, mask, budgets, temperature)
+    if soft_gates:
+        return soft
+    hard = topk_mask(noisy.detach(), mask, budgets).float()
     return hard + soft - soft.detach()
 
 
@@ -90,17 +97,34 @@ class RelaxedTrainer(StoreTrainer):
     Args:
         *args: See `StoreTrainer`.
         temperature: Of the soft top-k.
+        final_temperature: What it falls (or rises) to, by the same factor each step; None to stay.
+        soft_gates: Whether the model sees soft choices in training, instead of hard ones.
         draws: Choices drawn per example and step.
         **kwargs: See `StoreTrainer`.
 
     Raises:
-        ConfigError: The temperature is not a positive number.
+        ConfigError: A temperature is not a positive number.
     """
 
-    def __init__(self, *args: Any, temperature: float = 1.0, draws: int = 1, **kwargs: Any) -> None:
-        check_settings({"temperature": temperature})
+    def __init__(
+        self,
+        *args: Any,
+        temperature: float = 1.0,
+        final_temperature: float | None = None,
+        soft_gates: bool = False,
+        draws: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        final_temperature = temperature if final_temperature is None else final_temperature
+        check_settings({"temperature": temperature, "final_temperature": final_temperature})
         super().__init__(*args, **kwargs)
-        self.temperature, self.draws = temperature, draws
+        self.temperatures, self.soft_gates, self.draws = (temperature, final_temperature), soft_gates, draws
+
+    @property
+    def temperature(self) -> float:
+        """That of the step at hand."""
+        first, last = self.temperatures
+        return float(first * (last / first) ** (self.state.global_step / max(1, self.state.max_steps)))
 
     def loss(self, scorer: nn.Module, rows: list[int]) -> Tensor:
         """KL and answer probability of a batch of rows under relaxed keep-sets."""
@@ -109,7 +133,7 @@ class RelaxedTrainer(StoreTrainer):
         samples = self.store.samples(rows) * self.draws
         repeat = {"scores": scores, "mask": batch.mask, "budgets": batch.budgets}
         scores, mask, budgets = (value.repeat(self.draws, *[1] * (value.ndim - 1)) for value in repeat.values())
-        gates = straight_through(scores, mask, budgets, self.temperature)
+        gates = straight_through(scores, mask, budgets, self.temperature, soft_gates=self.soft_gates)
         vlm = self.store.vlm
 
         def choose(inputs: dict[str, Tensor]) -> Tensor:

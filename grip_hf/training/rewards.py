@@ -1,7 +1,8 @@
 """Rewards of keep-sets: plain functions from what the rollout found out to one number per completion.
 
-Each gets `completion_ids` (the picks), `budget`, `keep_ratio`, `kl`, `correct`, `log_prob`, `predicted` (text) and the
-columns of the dataset as lists with one entry per completion, and returns as many floats. Write your own alike.
+Each gets `completion_ids` (the picks), `budget`, `keep_ratio`, `kl`, `correct`, `log_prob`, `confidence` (a log-prob
+too, of what is predicted), `predicted` (text) and the columns of the dataset as lists with one entry per completion,
+and returns as many floats. Write your own alike.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from ..errors import RewardError as RewardError
 
 Reward = Callable[..., Sequence[float]]
 KL_LIMIT = 5.0
+# A look is taken again below this probability; a wrong answer without one costs as much as so many second looks.
+SURE, WRONG = 0.9, 5.0
 BUCKETS = (0.05, 0.11, 0.25, 1.0)
 
 
@@ -39,7 +42,22 @@ def likelihood(log_prob: Sequence[float], **kwargs: Any) -> list[float]:
     return [math.exp(value) for value in log_prob]
 
 
-REWARDS: dict[str, Reward] = {"closeness": closeness, "correctness": correctness, "likelihood": likelihood}
+def ladder(correct: Sequence[bool], confidence: Sequence[float], **kwargs: Any) -> list[float]:
+    """What an answer is worth to one who looks again when in doubt, as `GripConfig(quality=...)` does.
+
+    1 if it is right and at least `SURE`, so that one look is enough; 0 if it is in doubt, right or wrong, since
+    another look decides; -`WRONG` if it is wrong and nobody would know.
+    """
+    sure = [math.exp(value) >= SURE for value in confidence]
+    return [(1.0 if right else -WRONG) if certain else 0.0 for right, certain in zip(correct, sure, strict=True)]
+
+
+REWARDS: dict[str, Reward] = {
+    "closeness": closeness,
+    "correctness": correctness,
+    "likelihood": likelihood,
+    "ladder": ladder,
+}
 
 
 def checked(reward: Reward) -> Reward:

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..engine.keepsets import check_finite
 from ..errors import ConfigError
 from ..frozen.store import SampleStore
-from .policy import score_groups
+from ..scorer.memory import Rated, pick_in_turn
+from .policy import rate_groups
 
 Rollout = Callable[[list[Any], Any], dict[str, Any]]
 
@@ -88,6 +89,7 @@ def make_rollout(store: SampleStore, budgets: BudgetRange, greedy: bool = False)
             "kl": verdict.kl.tolist(),
             "correct": verdict.correct.tolist(),
             "log_prob": verdict.log_prob.tolist(),
+            "confidence": verdict.confidence.tolist(),
             "predicted": [decode(ids[ids >= 0], skip_special_tokens=True) for ids in verdict.predicted],
         }
         if greedy:
@@ -104,13 +106,26 @@ def _pick(
     asked = torch.tensor([rows, counts]).T
     distinct, group = asked.unique(dim=0, return_inverse=True)
     batch = store.visual(distinct[:, 0].tolist(), distinct[:, 1])
-    scores, mask = score_groups(policy.scorer, batch)[group], batch.mask[group]
+    rated, mask = rate_groups(policy.scorer, batch).rows(group), batch.mask[group]
     wanted = torch.tensor(counts, device=mask.device)
-    order = gumbel_topk(scores, mask, wanted, temperature=temperature or 1.0)
-    best = scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, : order.shape[1]]
+    if rated.take is None:
+        order = gumbel_topk(rated.scores, mask, wanted, temperature=temperature or 1.0)
+        best = rated.scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        best = best[:, : order.shape[1]]
+    else:
+        order = draw_in_turn(rated, mask, wanted, temperature or 1.0)
+        best, _ = pick_in_turn(rated, mask, wanted)
     greedy = torch.tensor(lead, device=mask.device) | (temperature is None)
     order = torch.where(greedy[:, None], best, order).cpu()
     return [picks[:count] for picks, count in zip(order, counts, strict=True)]
+
+
+def draw_in_turn(rated: Rated, mask: Tensor, budgets: Tensor, temperature: float) -> Tensor:
+    """Draw ordered picks as `gumbel_topk` does, with noise anew for each pick, since each changes the next scores."""
+    check_finite(rated.scores, mask)
+    width = int(torch.minimum(budgets, mask.sum(1)).max())
+    noise = torch.empty(len(mask), width, mask.shape[1], dtype=torch.float64, device=mask.device).exponential_()
+    return pick_in_turn(rated, mask, budgets, -temperature * noise.log())[0]
 
 
 def gumbel_topk(

@@ -149,6 +149,13 @@ def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
     scorers = [GripScorer.from_pretrained(tmp_path / name / "scorer") for name in ("warmup", "relaxed")]
     pairs = zip(*(scorer.parameters() for scorer in scorers), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs)
+    # And on from there, by GRPO and with a memory.
+    more = ["--scorer", tmp_path / "relaxed" / "scorer", "--memory-width", "4", "--steps", "2", "--device", "cpu"]
+    sizes = ["--batch-size", "8", "--num-generations", "4"]
+    done = command("--output", tmp_path / "more", *pocket, *more, *sizes)
+    assert done.exit_code == 0, done.output
+    assert GripScorer.from_pretrained(tmp_path / "more").config.memory_width == 4
+    assert not (tmp_path / "more" / "warmup").exists()
 
 
 @pytest.mark.parametrize(

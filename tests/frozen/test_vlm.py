@@ -152,15 +152,17 @@ def test_compare_against_loops():
     pruned[2, 3, ids[2, 3]] = 0.5  # the last answer is right
     verdict = compare(full, pruned, ids, mask)
     for b in range(3):
-        kl = told = 0.0
+        kl = told = sure = 0.0
         right = True
         for a in range(4):
             if mask[b, a]:
                 kl += sum(float(full[b, a, v].exp() * (full[b, a, v] - pruned[b, a, v])) for v in range(7))
                 told += float(pruned[b, a, ids[b, a]])
+                sure += max(pruned[b, a].tolist())
                 right &= int(pruned[b, a].argmax()) == int(ids[b, a])
         assert verdict.kl[b] == pytest.approx(max(kl, 0.0), abs=1e-5)
         assert verdict.log_prob[b] == pytest.approx(told, abs=1e-5)
+        assert verdict.confidence[b] == pytest.approx(sure, abs=1e-5)
         assert verdict.correct[b].item() is right
     assert verdict.correct.tolist()[2] is True
     assert (verdict.predicted == -1).equal(~mask)

@@ -2,11 +2,14 @@ import json
 import resource
 
 import pytest
+import torch
 from classroom import make_scorer, make_store
 from versions import TRAINING
 
+from grip_hf.engine.keepsets import topk_mask
 from grip_hf.errors import FileError
-from grip_hf.scorer.model import GripScorer, ScorerError
+from grip_hf.scorer.model import GripScorer, GripScorerConfig, ScorerError
+from grip_hf.selectors.grip import GripSelector
 from grip_hf.training.checkpoints import CheckpointError, last_checkpoint, save_scorer
 from grip_hf.training.pipeline import train_scorer
 from grip_hf.training.plan import TrainingPlan, keep_plan, read_plan
@@ -114,6 +117,33 @@ def test_the_same_plan_goes_on_and_another_one_is_refused(tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == weights
     assert json.loads((tmp_path / "grip_config.json").read_text())["keep_ratio"] == 0.25
     assert not list(tmp_path.rglob("README.md"))
+
+
+@TRAINING
+def test_a_run_goes_on_from_another_scorer(tmp_path):
+    store, given = make_store(), make_scorer()
+    save_scorer(given, tmp_path / "given")
+    more = {"start": str(tmp_path / "given"), "scorer": {}, "warmup_steps": 0}
+    untouched = train_scorer(plan(tmp_path / "none", **more, steps=0), store)
+    assert all((value == given.state_dict()[name]).all() for name, value in untouched.state_dict().items())
+    trained = train_scorer(plan(tmp_path / "more", **more), store)
+    assert any((value != given.state_dict()[name]).any() for name, value in trained.state_dict().items())
+    remembering = train_scorer(plan(tmp_path / "memory", **{**more, "scorer": {"memory_width": 4}}, steps=0), store)
+    assert remembering.config.width == 16 and remembering.config.memory_width == 4
+    batch = store.visual([0, 1], torch.tensor([4, 7]))
+    scores = [GripSelector(one)(batch) for one in (given, remembering)]
+    assert torch.equal(*(topk_mask(one, batch.mask, batch.budgets) for one in scores))
+    # Another scorer in the same place is another run; sizes of its own and another model are refused.
+    save_scorer(make_scorer(1), tmp_path / "given")
+    with pytest.raises(CheckpointError, match=r"start is '.*given .* there, '.*given .* here"):
+        train_scorer(plan(tmp_path / "more", **more), store)
+    with pytest.raises(ScorerError, match=r"sizes of its own: \{'width': 16\}, got \{'width': 32\}"):
+        train_scorer(plan(tmp_path / "wide", **{**more, "scorer": {"width": 32}}), store)
+    other = GripScorer(GripScorerConfig(hidden_size=8, width=16, attention_width=16, num_heads=2))
+    save_scorer(other, tmp_path / "given")
+    with pytest.raises(ScorerError, match="made for hidden_size 8"):
+        train_scorer(plan(tmp_path / "other", **more), store)
+    assert not (tmp_path / "wide" / "plan.json").exists()
 
 
 def test_a_run_without_its_plan_is_refused(tmp_path):

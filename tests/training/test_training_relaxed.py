@@ -29,6 +29,29 @@ def test_soft_topk_spends_the_budget_and_sharpens():
         assert (sharp[row, best] > 0.99).all()
 
 
+def test_soft_gates_are_the_weights_themselves():
+    torch.manual_seed(0)
+    scores, mask, budgets = torch.randn(2, 7), torch.ones(2, 7).bool(), torch.tensor([2, 5])
+    gates = straight_through(scores, mask, budgets, 0.7, noise=0.0, soft_gates=True)
+    torch.testing.assert_close(gates, soft_topk(scores, mask, budgets, 0.7))
+    torch.testing.assert_close(gates.sum(1), budgets.float(), atol=1e-3, rtol=0)
+
+
+def test_the_temperature_falls_by_the_same_factor_each_step(tmp_path):
+    arguments = training_arguments(str(tmp_path), max_steps=4, per_device_train_batch_size=2, use_cpu=True)
+    arguments.set_save(strategy="no")
+    trainer = RelaxedTrainer(make_scorer(), make_store(), arguments, temperature=1.6, final_temperature=0.1)
+    seen, own = [], trainer.loss
+
+    def loss(*given):
+        seen.append(trainer.temperature)
+        return own(*given)
+
+    trainer.loss = loss
+    trainer.train()
+    assert seen == pytest.approx([1.6, 0.8, 0.4, 0.2])
+
+
 def test_soft_topk_has_the_gradient_of_the_constrained_weights():
     scores = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     mask, budgets = torch.ones(2, 6).bool(), torch.tensor([2, 4])

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from grip_hf.training.rewards import KL_LIMIT, RewardError, checked, closeness, correctness, likelihood
+from grip_hf.training.rewards import KL_LIMIT, RewardError, checked, closeness, correctness, ladder, likelihood
 
 
 def test_rewards():
@@ -11,6 +11,8 @@ def test_rewards():
     assert right == [1.0, 0.0, 1.0]
     assert logged == {"agreement/keep_0.05": 0.5, "agreement/keep_1": 1.0}
     assert closeness([0.0, 2.0, 99.0], budget=[1, 1, 1]) == [0.0, -2.0, -KL_LIMIT]
+    logs = [math.log(one) for one in (0.95, 0.95, 0.85, 0.85)]
+    assert ladder([True, False, True, False], logs, budget=[1] * 4) == [1.0, -5.0, 0.0, 0.0]
     assert likelihood([0.0, math.log(0.25)]) == pytest.approx([1.0, 0.25])
 
 
