@@ -463,6 +463,6 @@ FAULTS = (
         "grip_hf/tower/places.py",
         "pixels = order[group][..., None] * merge**2 + within",
         "pixels = group[..., None] * merge**2 + within",
-        ("tests/tower/test_tower_rows.py::test_the_pixels_that_are_compared_are_those_of_the_rows",),
+        ("tests/tower/test_tower_rows.py::test_windows_have_the_pixels_and_centres_of_their_order",),
     ),
 )
