@@ -16,7 +16,7 @@ from .engine.budget import Budget
 from .engine.cache import returned, state_of
 from .engine.call import LastCall
 from .engine.choice import Score
-from .engine.context import last_of, override, told
+from .engine.context import asked_of, last_of, override, told
 from .engine.hooks import Boundary
 from .errors import CacheError, ConfigError
 from .families.table import Parts
@@ -25,7 +25,7 @@ from .hub.adapters import AdapterFiles
 from .hub.checkpoint import CONFIG_FILE, SaveWithGrip
 from .hub.resolve import describe_base
 from .quality.again import KEPT, LookAgain
-from .quality.identity import identity
+from .quality.identity import identity, of_tower
 from .quality.promise import COMMAND, Calibration, Promise, check_made_for
 from .tower.part import TowerPart
 
@@ -68,6 +68,7 @@ class GripHandle:
         self._looks = (LookAgain(self),) if promised and hasattr(type(parts.owner), "generate") else ()
         self.adapters: dict[str, AdapterPart] = {}
         self.tower = TowerPart(self._boundary, config)
+        self._of_tower: dict[float | str | None, dict[str, Any] | None] = {}
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
@@ -84,16 +85,30 @@ class GripHandle:
         Raises:
             ConfigError: There is no calibration, or it is that of something else, or does not promise so much.
         """
+        return self._promise(quality, rule, asked_of(self._boundary))
+
+    def _promise(self, quality: float, rule: str | None, asked: Budget) -> Promise:
         if self.calibration is None:
             raise ConfigError(
                 f"quality={quality} needs a calibration, and none came with what chooses the tokens: run `{COMMAND} "
                 f"--quality {quality}` with --output FOLDER, then apply_grip(model, scorer=FOLDER, quality={quality})"
             )
-        check_made_for(self.calibration, self._identity)
+        check_made_for(self.calibration, self.identity(asked))
         return self.calibration.promise(quality, rule)
 
+    def identity(self, asked: Budget | None = None) -> dict[str, Any]:
+        """What a calibration of this patch is made for, as plain data (see `grip_hf.quality.identity`).
+
+        Args:
+            asked: The budget, which says how many rows of the vision tower stay; None takes that at hand.
+        """
+        share = (asked_of(self._boundary) if asked is None else asked).tower_keep_ratio
+        if share not in self._of_tower:
+            self._of_tower[share] = of_tower(share, self.tower.dropping(Budget(tower_keep_ratio=share)))
+        return {**self._own_identity, "tower": self._of_tower[share]}
+
     @cached_property
-    def _identity(self) -> dict[str, Any]:
+    def _own_identity(self) -> dict[str, Any]:
         return identity(self.owner, describe_base(self.owner), self.config, self.scorer)
 
     def budget(
@@ -125,7 +140,8 @@ class GripHandle:
         """
         asked = self.tower.budget(keep_ratio, num_tokens, tower_keep_ratio, quality, rule)
         if asked.quality is not None:
-            self.promise(asked.quality, asked.rule)
+            self._promise(asked.quality, asked.rule, asked)
+        self.tower.ready(asked)
         return override(self, asked)
 
     def prompt(self, prompt: Tensor | Sequence[int]) -> AbstractContextManager[None]:

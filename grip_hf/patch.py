@@ -18,14 +18,16 @@ from .errors import ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
 from .handle import GripHandle
 from .hub.adapter_part import part_of
-from .hub.resolve import resolve
+from .hub.resolve import LEARNED, resolve
 from .quality.promise import Calibration, find
+from .tower.part import tower_scorer_of
 
 if TYPE_CHECKING:
     from .scorer.model import GripScorer
 
 __all__ = ["GripHandle", "apply_grip", "remove_grip"]
 M = TypeVar("M", bound=nn.Module)
+TowerRows = tuple[Score | None, nn.Module | None]  # a callable that chooses them; the tower scorer beside the scorer
 logger = logging.getLogger(__name__)
 
 
@@ -63,7 +65,7 @@ def apply_grip(
         scorer: A `GripScorer`, or the folder or Hub id of what `model.grip.save_pretrained` wrote.
         selector: A selector's name, or any callable from `VisualBatch` to scores [G, N]. Overrides the config's.
         tower_selector: The same for the rows of the vision tower, where `tower_keep_ratio` drops some (see
-            `grip_hf.tower.selectors`).
+            `grip_hf.tower.selectors`). A `TowerGripSelector` is saved with the patch.
         calibration: What is promised of the answers, or the folder of its `quality.json`; None takes the one beside
             the scorer, if there is one. It is needed for `quality=...`.
         revision: Branch, tag or commit of the Hub repository to read.
@@ -86,8 +88,9 @@ def apply_grip(
     parts = _whole(find_parts(model))
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     adapter = part_of(model)
-    if isinstance(tower_selector, str):
-        overrides["tower_selector"] = tower_selector
+    learned = tower_scorer_of(tower_selector)
+    if isinstance(tower_selector, str) or learned is not None:
+        overrides["tower_selector"] = tower_selector if learned is None else LEARNED
     asked = resolve(parts, config, scorer, selector, overrides, hub, adapter, force)
     settings = asked.config
     if settings.position_ids == "compact" and parts.family.mrope:
@@ -96,9 +99,11 @@ def apply_grip(
             "axes; use position_ids='original'"
         )
     chosen = selector if callable(selector) else _named_selector(settings, asked.scorer)
+    own = tower_selector if callable(tower_selector) and learned is None else None
+    rows = (own, learned or asked.tower_scorer)
     promised = find(calibration, asked.folder, settings.quality is not None)
     if settings.quality is not None:
-        GripHandle(parts, settings, chosen, asked.scorer, promised).promise(settings.quality)
+        _handle(parts, settings, chosen, asked.scorer, rows, promised).promise(settings.quality)
     if promised is not None and getattr(chosen, "inside", False):
         if settings.quality is not None:
             raise UnsupportedModelError(
@@ -112,7 +117,6 @@ def apply_grip(
         from .doctor.guard import vouch  # imported late: only then are tiny models needed
 
         vouch(parts.owner.config, prune)
-    rows = (tower_selector if callable(tower_selector) else None, asked.tower_scorer)
     handle = _attach(parts, settings, chosen, asked.scorer, asked.note, rows, promised)
     if adapter is not None:
         handle._adapter_files.compare_part(adapter)
@@ -124,18 +128,31 @@ def prune(model: nn.Module, selector: Score, keep_ratio: float) -> GripHandle:
     return _attach(find_parts(model), GripConfig(keep_ratio=keep_ratio), selector, None)
 
 
+def _handle(
+    parts: Parts,
+    config: GripConfig,
+    selector: Score,
+    scorer: nn.Module | None,
+    rows: TowerRows,
+    calibration: Calibration | None,
+) -> GripHandle:
+    """A patch that is not on the model yet; `rows` says what chooses those of the vision tower."""
+    handle = GripHandle(parts, config, selector, scorer, calibration)
+    handle.tower.selector, handle.tower.scorer = rows
+    return handle
+
+
 def _attach(
     parts: Parts,
     config: GripConfig,
     selector: Score,
     scorer: nn.Module | None,
     note: str = "",
-    rows: tuple[Score | None, nn.Module | None] = (None, None),
+    rows: TowerRows = (None, None),
     calibration: Calibration | None = None,
 ) -> GripHandle:
-    """Put the patch on the model, in the place of an earlier one; `rows` says what chooses those of the tower."""
-    handle = GripHandle(parts, config, selector, scorer, calibration)
-    handle.tower.selector, handle.tower.scorer = rows
+    """Put the patch on the model, in the place of an earlier one."""
+    handle = _handle(parts, config, selector, scorer, rows, calibration)
     drops = handle.tower.make()
     handle.adapters.update(getattr(vars(parts.owner).get("grip"), "adapters", {}))
     hooks = list(_prepare(selector, parts))

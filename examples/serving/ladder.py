@@ -51,6 +51,10 @@ def main() -> None:
     asked = parser.parse_args()
 
     calibration = Calibration.load(asked.scorer)
+    if calibration.made_for.get("tower") is not None:
+        parser.error(
+            "this calibration prunes the vision tower, which vLLM does not: calibrate with --tower-keep-ratio 1"
+        )
     encoded = base64.b64encode(asked.picture.read_bytes()).decode()
     kind = asked.picture.suffix.lstrip(".").replace("jpg", "jpeg")
     content = [

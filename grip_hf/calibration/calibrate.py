@@ -64,8 +64,9 @@ def answered(seen: Observed, rule: str, agreement: Agreement) -> Answered:
     if not bool(np.isfinite(sure).all()):
         raise ConfigError("the model's probabilities are NaN: nothing can be promised of its answers")
     whole = seen.kept == seen.totals
+    seconds = np.maximum.accumulate(seen.seconds)
     return Answered(
-        np.clip(sure, 0, 1), losses_of(seen, agreement), whole, seen.kept, np.maximum.accumulate(seen.seconds)
+        np.clip(sure, 0, 1), losses_of(seen, agreement), whole, seen.kept, seconds, seen.vision, seen.encodings
     )
 
 

@@ -23,9 +23,10 @@ from ..files import check_writable, write_json
 from ..tables import Column, Table
 from .bound import binomial, rows_needed
 from .calibrate import SHARE, answered, best_fixed, same_answer
+from .chooser import Chooser
 from .features import Features
 from .ladder import Answered, Policy, certify, draw_up, outcome
-from .observe import FIELDS, Array, Chooser, Observed, observe
+from .observe import FIELDS, Array, Observed, observe
 from .timing import Times, first_token
 
 app = typer.Typer(help=__doc__)
@@ -177,6 +178,9 @@ def joined(parts: Sequence[Observed]) -> Observed:
     if len(more) == len(parts):
         answers = np.concatenate([one.answers for one in more], axis=1)
         features = Features(answers, np.concatenate([one.rows_ for one in more]))
+    if all(one.encodings is not None for one in parts):
+        fields["vision"] = np.median(np.stack([one.vision for one in parts if one.vision is not None]), axis=0)
+        fields["encodings"] = np.stack([one.encodings for one in parts if one.encodings is not None]).max(0)
     return Observed(parts[0].budgets, **fields, seconds=seconds, cut=any(one.cut for one in parts), features=features)
 
 
@@ -187,7 +191,7 @@ def times_of(result: dict[str, Any], budgets: Sequence[Budget]) -> Times:
     rows = [whole if one == 1 else found[kept_of(total, one)] for one in budgets]
     # Shares of the unpruned time are taken within a round, so that a busy machine disturbs them least.
     ttft = [whole["ttft_ms"] * row.get("ttft_ratio", 1.0) for row in rows]
-    return Times(ttft, whole["vision_ms"], [row["decode_ms"] for row in rows])
+    return Times(ttft, [whole["vision_ms"]] * len(ttft), [row["decode_ms"] for row in rows])
 
 
 def one_draw(

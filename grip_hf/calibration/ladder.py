@@ -10,7 +10,8 @@ Testing", Laufer-Goldshtein et al., arXiv 2210.07913).
 from __future__ import annotations
 
 import dataclasses
-from itertools import combinations, pairwise
+from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from .bound import p_value
+from .timing import encodes
 
 Array = np.ndarray[Any, Any]
 # Shares of rows that a threshold sends on to the next budget. Doubt pays off where few rows are doubted.
@@ -36,6 +38,8 @@ class Answered:
         whole: [budgets, rows] bool: whether the budget keeps all of the row's tokens, so that nothing is in doubt.
         tokens: [budgets, rows] visual tokens that are kept.
         seconds: [budgets] what an answer costs.
+        vision: [budgets] what encoding the picture costs; None leaves it out, as where one encoding serves all looks.
+        encodings: [budgets] the number of the encoding that a look uses; None if all share one.
     """
 
     confidences: Array
@@ -43,11 +47,19 @@ class Answered:
     whole: Array
     tokens: Array
     seconds: Array
+    vision: Array | None = None
+    encodings: Array | None = None
 
     def rows(self, chosen: Array) -> Answered:
         """Some of the rows."""
         fields = ("confidences", "losses", "whole", "tokens")
         return dataclasses.replace(self, **{name: getattr(self, name)[:, chosen] for name in fields})
+
+    def costs(self, rungs: Sequence[int]) -> list[float]:
+        """What a look at each rung of a ladder costs."""
+        vision = np.zeros(len(self.seconds)) if self.vision is None else self.vision
+        new = encodes(None if self.encodings is None else self.encodings.tolist(), rungs)
+        return [float(self.seconds[rung] + vision[rung] * one) for rung, one in zip(rungs, new, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +99,9 @@ def outcome(policy: Policy, rows: Answered) -> Outcome:
     number = rows.losses.shape[1]
     open_ = np.ones(number, dtype=bool)
     losses, kept, tokens, seconds, looks = (np.zeros(number) for _ in range(5))
-    for place, rung in enumerate(policy.rungs):
+    for place, (rung, cost) in enumerate(zip(policy.rungs, rows.costs(policy.rungs), strict=True)):
         tokens += open_ * rows.tokens[rung]
-        seconds += open_ * rows.seconds[rung]
+        seconds += open_ * cost
         looks += open_
         sure = np.ones(number, dtype=bool)
         if place < len(policy.thresholds):
@@ -147,15 +159,16 @@ def _policies(rows: Answered, rungs: tuple[int, ...]) -> list[tuple[float, float
     """(risk, cost, policy) of a ladder at all thresholds that are tried: per rung, quantiles of its confidences."""
     number = rows.losses.shape[1]
     open_ = np.ones((1, number), dtype=bool)
-    losses, costs = np.zeros((1, number)), np.full((1, number), rows.seconds[rungs[0]])
+    first, *later = rows.costs(rungs)
+    losses, costs = np.zeros((1, number)), np.full((1, number), first)
     chosen: list[tuple[float, ...]] = [()]
-    for rung, following in pairwise(rungs):
+    for rung, cost in zip(rungs, later, strict=False):
         levels = np.unique(np.quantile(rows.confidences[rung], SHARES, method="higher"))
         sure = (rows.confidences[rung][None] >= levels[:, None]) | rows.whole[rung][None]
         done = open_[:, None] & sure[None]
         losses = (losses[:, None] + done * rows.losses[rung]).reshape(-1, number)
         left = (open_[:, None] & ~sure[None]).reshape(-1, number)
-        costs = np.repeat(costs, len(levels), 0) + left * rows.seconds[following]
+        costs = np.repeat(costs, len(levels), 0) + left * cost
         open_, chosen = left, [(*one, float(level)) for one in chosen for level in levels]
     losses = losses + open_ * rows.losses[rungs[-1]]
     return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..config import GripConfig
 from ..engine import generation
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError
 from ..evaluation.answers import EXACT, METRICS
 from ..evaluation.budgets import Budget, as_setting, check_budget
 from ..evaluation.methods import Pruned
@@ -24,13 +22,16 @@ from ..evaluation.runner import tap_all
 from ..files import write_whole
 from ..frozen.data import Examples
 from ..frozen.samples import Sample
-from ..frozen.vlm import FrozenVLM, pictures
-from ..patch import apply_grip, remove_grip
+from ..frozen.vlm import FrozenVLM
+from ..patch import remove_grip
 from ..quality.doubt import ANSWER, FIRST, Doubt, lengths
+from .chooser import Chooser
+from .encodings import Looks
 from .features import Details, Features, of_rows
 
 Array = np.ndarray[Any, Any]
 FIELDS = ("answers", "confidences", "firsts", "kept", "totals", "scores")
+TOWER = ("vision", "encodings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Observed:
         seconds: [budgets] what an answer takes, without encoding the picture.
         cut: Whether an answer was cut off.
         features: What else may tell doubt, if it was asked for: see `features`.
+        vision: [budgets] what encoding the picture takes, where rows leave the vision tower; else None.
+        encodings: [budgets] the number of the encoding that an answer came from; None if it was one for all.
     """
 
     budgets: tuple[Budget, ...]
@@ -60,6 +63,8 @@ class Observed:
     seconds: Array
     cut: bool
     features: Features | None = None
+    vision: Array | None = None
+    encodings: Array | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -81,6 +86,7 @@ class Observed:
         arrays = {name: getattr(self, name) for name in (*FIELDS, "seconds")}
         if self.features is not None:
             arrays |= {"answer_features": self.features.answers, "row_features": self.features.rows_}
+        arrays |= {name: getattr(self, name) for name in TOWER if getattr(self, name) is not None}
         write_whole(path, lambda new: np.savez_compressed(new, budgets=np.array(self.budgets), cut=self.cut, **arrays))
 
     @classmethod
@@ -92,30 +98,8 @@ class Observed:
             more = None
             if "answer_features" in file:
                 more = Features(file["answer_features"], file["row_features"])
+            arrays |= {name: file[name] for name in TOWER if name in file}
             return cls(budgets=budgets, cut=bool(file["cut"]), features=more, **arrays)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chooser:
-    """What chooses the visual tokens: arguments of `apply_grip`, whose budget does not count."""
-
-    scorer: Any = None
-    selector: Any = None
-    force: bool = False
-    config: GripConfig | None = None
-
-    def apply(self, model: Any) -> Any:
-        """Patch a model, whatever its budget; returns its handle.
-
-        Raises:
-            UnsupportedModelError: The selector drops tokens within the language model.
-        """
-        apply_grip(model, self.config, scorer=self.scorer, selector=self.selector, keep_ratio=0.5, force=self.force)
-        if getattr(model.grip.selector, "inside", False):
-            name = model.grip.config.selector
-            remove_grip(model)
-            raise UnsupportedModelError(f"a quality is not defined for {name!r}, which drops tokens between layers")
-        return model.grip
 
 
 def rising(budgets: Sequence[Budget]) -> tuple[Budget, ...]:
@@ -163,9 +147,7 @@ def observe(
     if not len(examples):
         raise ConfigError("there are no examples to answer")
     handle = chooser.apply(model)
-    own = handle.config.selector is None  # a function of the user's
-    fixed = Chooser(handle.scorer, handle.selector if own else None, chooser.force, handle.config)
-    selector = handle.selector
+    fixed, selector = Chooser.of(handle, chooser.force), handle.selector
     remove_grip(model)
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     starts = range(rank * batch_size, len(examples), world * batch_size)
@@ -200,44 +182,39 @@ def _answer(
     features: bool,
 ) -> dict[str, Any]:
     """What one batch is answered at every budget, as arrays."""
-    inputs = {**vlm.collate([one.inputs for one in samples]), **pictures([one.encoded for one in samples])}
-    prompt, model = inputs["input_ids"].shape[1], vlm.model
-    ends, pad = generation.ends(model, {}), generation.padding(model, {})
-    chooser.apply(model)
-    found: dict[str, Any] = {name: [] for name in (*FIELDS, "seconds", "cut", "features")}
+    model, texts = vlm.model, vlm.collate([one.inputs for one in samples])
+    ends, pad, prompt = generation.ends(model, {}), generation.padding(model, {}), texts["input_ids"].shape[1]
+    handle = chooser.apply(model)
+    found: dict[str, Any] = {name: [] for name in (*FIELDS, "cut", "features")}
     try:
-        for one in budgets:
-            doubt = Details() if features else Doubt(ANSWER, None)
-            setting = model.grip.disabled() if one == 1 else model.grip.budget(**as_setting(one))
-            start = time.perf_counter()
-            with setting:
-                written = model.generate(
-                    **inputs, max_new_tokens=most, do_sample=False, num_beams=1, logits_processor=[doubt]
-                )[:, prompt:].cpu()
-            found["seconds"].append((time.perf_counter() - start) / len(samples))
-            own = lengths(written, ends, pad)
-            answers = np.full((len(samples), most), -1, dtype=np.int64)
-            for row, length in enumerate(own):
-                answers[row, :length] = written[row, :length]
-            ended = [bool(set(row[:length].tolist()) & set(ends)) for row, length in zip(written, own, strict=True)]
-            found["cut"].append(any(length == most and not end for length, end in zip(own, ended, strict=True)))
-            found["answers"].append(answers)
-            found["confidences"].append(np.exp(doubt.log_probs(own)))
-            found["firsts"].append(np.exp(doubt.log_probs(own, FIRST)))
-            last = model.grip.last
-            found["kept"].append([len(kept) for kept in last.kept])
-            found["totals"] = last.total
-            if isinstance(doubt, Details):
-                found["features"].append(doubt.of_answers(own, last))
-            judge = _judge(vlm, metric)
-            found["scores"].append(
-                [
-                    judge(row[row >= 0], sample) if truth is not None else np.nan
-                    for row, sample, truth in zip(answers, samples, truths, strict=True)
-                ]
-            )
+        with Looks(vlm, samples, handle) as looks:
+            asked = {"max_new_tokens": most, "do_sample": False, "num_beams": 1, **texts, **looks.pictures}
+            for one in budgets:
+                doubt = Details() if features else Doubt(ANSWER, None)
+                with handle.disabled() if one == 1 else handle.budget(**as_setting(one)), looks.look():
+                    written = model.generate(**asked, logits_processor=[doubt])[:, prompt:].cpu()
+                own = lengths(written, ends, pad)
+                answers = np.full((len(samples), most), -1, dtype=np.int64)
+                for row, length in enumerate(own):
+                    answers[row, :length] = written[row, :length]
+                ended = [bool(set(row[:end].tolist()) & set(ends)) for row, end in zip(written, own, strict=True)]
+                found["cut"].append(any(length == most and not end for length, end in zip(own, ended, strict=True)))
+                found["answers"].append(answers)
+                found["confidences"].append(np.exp(doubt.log_probs(own)))
+                found["firsts"].append(np.exp(doubt.log_probs(own, FIRST)))
+                last = handle.last
+                found["kept"].append([len(kept) for kept in last.kept])
+                found["totals"] = last.total
+                if isinstance(doubt, Details):
+                    found["features"].append(doubt.of_answers(own, last))
+                judge, judged = _judge(vlm, metric), zip(answers, samples, truths, strict=True)
+                found["scores"].append(
+                    [np.nan if truth is None else judge(row[row >= 0], sample) for row, sample, truth in judged]
+                )
     finally:
         remove_grip(model)
+    found |= {name: np.array(getattr(looks, name)) / len(samples) for name in ("seconds", "vision")}
+    found["encodings"] = looks.encodings if looks.drops else None
     found["samples"] = of_rows(samples) if features else None
     return found
 
@@ -268,4 +245,14 @@ def _join(budgets: tuple[Budget, ...], batches: list[dict[str, Any]], most: int)
         seconds=np.median([one["seconds"] for one in batches], axis=0),
         features=Features.joined(batches) if batches[0]["samples"] is not None else None,
         cut=any(any(one["cut"]) for one in batches),
+        **_tower(batches),
     )
+
+
+def _tower(batches: list[dict[str, Any]]) -> dict[str, Array]:
+    """What encoding takes and which looks share one, where rows leave the vision tower."""
+    if batches[0]["encodings"] is None:
+        return {}
+    vision = np.median([one["vision"] for one in batches], axis=0)
+    # Where batches differ, as pictures of unequal sizes do at a number of tokens: as many encodings as any needed.
+    return {"vision": vision, "encodings": np.max([one["encodings"] for one in batches], axis=0)}

@@ -14,13 +14,22 @@ class Times:
 
     Attributes:
         ttft: By budget, the time to the first token, encoding the picture included.
-        vision: The time to encode the picture, which is done once.
+        vision: By budget, the time to encode the picture.
         decode: By budget, the time of a further token.
+        encodings: By budget, the number of the encoding that a look uses, since looks at which the same rows stay in
+            the vision tower share one; None if all looks do.
     """
 
     ttft: Sequence[float]
-    vision: float
+    vision: Sequence[float]
     decode: Sequence[float]
+    encodings: Sequence[int] | None = None
+
+
+def encodes(encodings: Sequence[int] | None, rungs: Sequence[int]) -> list[bool]:
+    """By rung of a ladder, whether a look at it encodes the picture: the first, and each that needs another one."""
+    found = [0 if encodings is None else encodings[rung] for rung in rungs]
+    return [place == 0 or number != found[place - 1] for place, number in enumerate(found)]
 
 
 def first_token(times: Times, rungs: Sequence[int], reached: Sequence[float], length: float, rule: str) -> float:
@@ -34,9 +43,9 @@ def first_token(times: Times, rungs: Sequence[int], reached: Sequence[float], le
             at most; by its first token there is nothing to wait for.
         rule: By which rule.
     """
-    total = times.vision
-    for place, (rung, share) in enumerate(zip(rungs, reached, strict=True)):
-        total += share * (times.ttft[rung] - times.vision)
+    total = 0.0
+    for place, (rung, share, new) in enumerate(zip(rungs, reached, encodes(times.encodings, rungs), strict=True)):
+        total += share * (times.ttft[rung] - (0.0 if new else times.vision[rung]))
         if rule != FIRST and place + 1 < len(rungs):
             total += reached[place + 1] * (length - 1) * times.decode[rung]
     return total

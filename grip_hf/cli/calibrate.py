@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .loading import ModelChoice
+from .loading import goes_on
 from .screen import JsonFile, budget_list, console, failures, numbers, quiet, say, split_list
 from .survey import Examples_, Scorer, Selector, Styles, Survey
 
@@ -21,6 +21,7 @@ LADDER = "0.03,0.05,0.07,0.11,0.18,0.25,0.5"
 
 
 def calibrate(
+    context: typer.Context,
     pocket: options.Pocket = False,
     testbed: options.Testbed = "pocket",
     model: options.Model = None,
@@ -48,6 +49,9 @@ def calibrate(
     attn_implementation: options.Attention = None,
     on_bad_row: options.OnBadRow = "stop",
     force: options.Force = False,
+    tower_keep_ratio: options.TowerShare = None,
+    tower_selector: options.TowerSelector = None,
+    tower_depth: options.TowerDepth = None,
     pocket_model: options.PocketModel = None,
     styles: Styles = "fluent,google",
     output: Annotated[Path | None, typer.Option(help="Folder to write to; without it, that of the scorer.")] = None,
@@ -58,15 +62,9 @@ def calibrate(
     Data without answers is enough. `generate` then answers at few tokens first, and again at more where it is in
     doubt: apply_grip(model, scorer=FOLDER, quality=0.99).
     """
-    choice = ModelChoice(
-        pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation, testbed
-    )
+    survey, asked = Survey.of(context), budget_list(budgets)
     wanted, rules = numbers(quality, float, "shares such as 0.99"), split_list(rule)
-    survey = Survey(choice, scorer, selector, force, split, examples, seed, on_bad_row, tuple(split_list(styles)))
-    asked = budget_list(budgets)
     quiet()
-    from accelerate import PartialState
-
     from ..calibration.calibrate import calibrate as run
     from ..calibration.calibrate import check_asked
     from ..files import check_folder, write_json
@@ -77,11 +75,8 @@ def calibrate(
         place = check_folder(place_of(output, scorer))
         check_asked(examples, wanted, confidence, rules, unit)
         seen, made_for, facts = survey.observe(asked, batch_size, max_new_tokens, metric)
-        processes = PartialState()
-        if processes.num_processes > 1:
-            processes.destroy_process_group()
-            if not processes.is_main_process:
-                return
+        if not goes_on():
+            return
         found = run(seen, made_for, wanted, confidence, rules, unit, max_new_tokens, seed, facts)
         save(survey, found, place)
         console.print(promises(found).rich())

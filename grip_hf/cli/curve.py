@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
 from .calibrate import LADDER, Confidence, MaxNewTokens, Qualities, Unit
-from .loading import ModelChoice
-from .screen import JsonFile, budget_list, console, failures, in_folder, numbers, quiet, say, split_list
+from .loading import goes_on
+from .screen import JsonFile, budget_list, console, failures, in_folder, numbers, quiet, say
 from .survey import Examples_, Scorer, Selector, Styles, Survey
+
+if TYPE_CHECKING:
+    from ..calibration.observe import Observed
+    from ..calibration.timing import Times
 
 
 def curve(
+    context: typer.Context,
     pocket: options.Pocket = False,
     testbed: options.Testbed = "pocket",
     model: options.Model = None,
@@ -41,21 +46,18 @@ def curve(
     attn_implementation: options.Attention = None,
     on_bad_row: options.OnBadRow = "stop",
     force: options.Force = False,
+    tower_keep_ratio: options.TowerShare = None,
+    tower_selector: options.TowerSelector = None,
+    tower_depth: options.TowerDepth = None,
     pocket_model: options.PocketModel = None,
     styles: Styles = "fluent,google",
     output: Annotated[Path | None, typer.Option(callback=in_folder, help="Where to write the picture.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Print agreement and accuracy against mean visual tokens and measured time, fixed budgets beside promises."""
-    choice = ModelChoice(
-        pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation, testbed
-    )
+    survey, asked = Survey.of(context), budget_list(budgets)
     wanted = numbers(quality, float, "shares such as 0.99")
-    survey = Survey(choice, scorer, selector, force, split, examples, seed, on_bad_row, tuple(split_list(styles)))
-    asked = budget_list(budgets)
     quiet()
-    from accelerate import PartialState
-
     from ..calibration.calibrate import agreement_of
     from ..calibration.overview import draw, overview, smallest
     from ..config import check_quality
@@ -67,19 +69,16 @@ def curve(
         for one in wanted:
             check_quality(one)
         seen, made_for, facts = survey.observe(asked, batch_size, max_new_tokens, metric)
-        processes = PartialState()
-        if processes.num_processes > 1:
-            processes.destroy_process_group()
-            if not processes.is_main_process:
-                return
+        if not goes_on():
+            return
         with console.status("timing") as status:
-            times, setting = measure(survey, list(seen.budgets), rounds, status.update)
+            times, setting = measure(survey, seen, rounds, status.update)
         rows = overview(seen, times, wanted, confidence, unit, seed)
         console.print(table(rows, len(seen), unit).rich())
         best, name = smallest(rows, within)
         say(f"smallest budget within {within:g} points of all tokens ({name}): {best['name']}")
         if output is not None:
-            figure = draw(rows, f"{choice.name}, {len(seen)} questions")
+            figure = draw(rows, f"{survey.choice.name}, {len(seen)} questions")
             write_whole(output, partial(figure.savefig, dpi=150))
             say(f"drawn in {output}")
         if json_file is not None:
@@ -89,24 +88,33 @@ def curve(
             write_json(json_file, {"meta": meta, "rows": rows, "smallest": told})
 
 
-def measure(survey: Survey, budgets: list[float | int], rounds: int, progress: Any) -> tuple[Any, dict[str, Any]]:
-    """Time the model on its first question at every budget, in paired rounds."""
+def measure(survey: Survey, seen: Observed, rounds: int, progress: Any) -> tuple[Times, dict[str, Any]]:
+    """Time the model on its first question at every budget that was observed, in paired rounds."""
     from ..calibration.timing import Times
+    from ..engine.budget import Budget
     from ..evaluation.budgets import kept_of
     from ..evaluation.latency import run_bench
     from ..evaluation.shapes import prompted
+    from ..evaluation.towers import TowerChoice
     from ..patch import remove_grip
 
     (model, processor), (examples, _) = survey.loaded, survey.rows
     handle = survey.chooser.apply(model)
-    name = handle.config.selector
+    name, share, tower = handle.config.selector, handle.config.tower_keep_ratio, None
+    drops = handle.tower.dropping(Budget(num_tokens=1, tower_keep_ratio=share))
+    if drops is not None:
+        tower = TowerChoice((share,), drops.selector, drops.tower.first)
     spec = f"grip={survey.scorer}" if name == "grip" and survey.scorer else str(name)
     remove_grip(model)
-    asked = prompted(survey.choice.name, model, processor, examples[0].messages)
-    result = run_bench(asked, [spec], [one for one in budgets if one != 1], rounds, 4, progress=progress)
-    whole, found = result["unpruned"], {row["num_tokens"]: row for row in result["rows"]}
-    rows = [whole if one == 1 else found[kept_of(asked.tokens, one)] for one in budgets]
-    times = Times([row["ttft_ms"] for row in rows], whole["vision_ms"], [row["decode_ms"] for row in rows])
+    asked, fewer = prompted(survey.choice.name, model, processor, examples[0].messages), seen.budgets[:-1]
+    result = run_bench(asked, [spec], fewer, rounds, 4, progress=progress, tower=tower)
+    wanted = None if tower is None else share
+    found = {row["num_tokens"]: row for row in result["rows"] if row["tower_keep_ratio"] == wanted}
+    rows = [*(found[kept_of(asked.tokens, one)] for one in fewer), result["unpruned"]]
+    # The picture is the same at every budget, and what is measured once is measured alike.
+    vision = [(row if tower is not None else result["unpruned"])["vision_ms"] for row in rows]
+    encodings = None if seen.encodings is None else seen.encodings.tolist()
+    times = Times([row["ttft_ms"] for row in rows], vision, [row["decode_ms"] for row in rows], encodings)
     return times, result["setting"]
 
 

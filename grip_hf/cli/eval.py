@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .loading import ModelChoice, load_examples
+from .loading import ModelChoice, goes_on, load_examples
 from .screen import JsonFile, budget_list, failures, in_folder, quiet, say, split_list, tower_choice
 
 
 def eval_command(
+    context: typer.Context,
     pocket: options.Pocket = False,
     testbed: options.Testbed = "pocket",
     model: options.Model = None,
@@ -57,9 +58,7 @@ def eval_command(
 
     Started by `accelerate launch` or `torchrun`, its processes share the examples; the table stays the same.
     """
-    choice = ModelChoice(
-        pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation, testbed
-    )
+    choice = ModelChoice.of(context)
     asked = budget_list(budgets)
     quiet()
     from accelerate import PartialState
@@ -94,10 +93,8 @@ def eval_command(
             processes=processes, metric=metric, max_new_tokens=max_new_tokens,
             calibration=calibration, share=pictures,
         )  # fmt: skip
-        if processes.num_processes > 1:
-            processes.destroy_process_group()
-            if not processes.is_main_process:
-                return
+        if not goes_on():
+            return
         from .report import show, write_samples, write_table
 
         show(found)

@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..files import make_folder, write_text
 
 if TYPE_CHECKING:
+    from ..config import GripConfig
     from ..quality.promise import Calibration
     from .survey import Survey
 
@@ -35,19 +36,17 @@ def save(survey: Survey, found: Calibration, place: Path) -> None:
     Raises:
         FileError: It cannot be written; what was there before is still there.
     """
-    from ..evaluation.budgets import as_setting
     from ..hub.checkpoint import CONFIG_FILE
     from ..hub.share import write_card
     from ..patch import apply_grip, remove_grip
 
     model: Any = survey.loaded[0]
     handle = survey.chooser.apply(model)
-    default = found.default_budget
-    budget = {"keep_ratio": 0.25} if default is None else as_setting(default)
-    config = handle.config.replace(**budget)
-    apply_grip(model, config, scorer=handle.scorer, calibration=found, force=survey.force)
+    config, rows = with_default(handle.config, found), handle.tower.chosen_by
+    apply_grip(model, config, scorer=handle.scorer, tower_selector=rows, calibration=found, force=survey.force)
     try:
         if (place / CONFIG_FILE).is_file():
+            model.grip.tower.save(place)
             found.save(place)
             write_text(place / CONFIG_FILE, config.to_json())
             write_card(model.grip, place)
@@ -61,3 +60,18 @@ def save(survey: Survey, found: Calibration, place: Path) -> None:
                 os.replace(file, place / file.name)
     finally:
         remove_grip(model)
+
+
+def with_default(config: GripConfig, found: Calibration) -> GripConfig:
+    """Settings with the default budget of a calibration; its weakest promise where the vision tower keeps too little.
+
+    A quality has no such conflict: its looks keep as many rows as they need.
+    """
+    from ..evaluation.budgets import as_setting
+
+    default = found.default_budget
+    budget = {"keep_ratio": 0.25} if default is None else as_setting(default)
+    tower = config.tower_keep_ratio
+    if isinstance(tower, float) and budget.get("keep_ratio", 0.0) > tower:
+        budget = {"quality": min(one.quality for one in found.promises)}
+    return config.replace(**budget)

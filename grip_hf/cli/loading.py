@@ -19,7 +19,7 @@ LISTED = 20
 
 @dataclasses.dataclass(frozen=True)
 class ModelChoice:
-    """Which model, and how it is loaded; see `options`.
+    """Which model, and how it is loaded: options of every command that loads one, by their names.
 
     Raises:
         BadParameter: Not exactly one model is chosen, or a setting does not go with the pocket model.
@@ -33,7 +33,7 @@ class ModelChoice:
     dtype: str = "auto"
     quantize: str | None = None
     device_map: str | None = None
-    attention: str | None = None
+    attn_implementation: str | None = None
     testbed: str = "pocket"
 
     def __post_init__(self) -> None:
@@ -41,6 +41,12 @@ class ModelChoice:
             raise typer.BadParameter("give either --pocket, or --model and --dataset")
         if self.pocket and (self.quantize or self.device_map):
             raise typer.BadParameter("--quantize and --device-map go with --model, not with --pocket")
+
+    @classmethod
+    def of(cls, context: typer.Context, **changes: Any) -> ModelChoice:
+        """What the options of a command say, with some changed."""
+        names = [field.name for field in dataclasses.fields(cls) if field.name in context.params]
+        return cls(**{**{name: context.params[name] for name in names}, **changes})
 
     @property
     def name(self) -> str:
@@ -52,7 +58,7 @@ class ModelChoice:
         found: dict[str, Any] = {"model": self.name}
         if self.pocket_model is not None:
             found["pocket_model"] = str(self.pocket_model)
-        asked = {"dtype": self.dtype, "quantize": self.quantize, "attn_implementation": self.attention}
+        asked = {"dtype": self.dtype, "quantize": self.quantize, "attn_implementation": self.attn_implementation}
         return found | {name: value for name, value in asked.items() if value not in (None, "auto")}
 
     def load(self) -> tuple[Any, Any]:
@@ -64,7 +70,17 @@ class ModelChoice:
         if self.model is None:
             model, processor = load_pocket_model(self.pocket_model, self.testbed)
             return model.to(device), processor
-        return load_model(self.model, self.quantize, self.device_map, self.dtype, self.attention, device)
+        return load_model(self.model, self.quantize, self.device_map, self.dtype, self.attn_implementation, device)
+
+
+def goes_on() -> bool:
+    """Whether this process goes on alone, once what several of a launch have shared is done; the others are to end."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    return state.is_main_process
 
 
 def find_device(name: str) -> Any:

@@ -38,6 +38,19 @@ def _renamed(word: str) -> str:
     return f"--{normal(name)}{mark}{value}"
 
 
+def _depth(value: float | None) -> float | None:
+    """A number of layers as one, which options give as floats; raises `BadParameter` for what is no depth."""
+    if value is None:
+        return None
+    from ..config import check_tower_depth
+    from ..errors import ConfigError
+
+    try:
+        return check_tower_depth(int(value) if value >= 1 and value == int(value) else value)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 Pocket = Annotated[bool, typer.Option("--pocket", help="The pocket model and its scenes.")]
 Testbed = Annotated[str, typer.Option(help='With --pocket: which one, "pocket" or "pocket2".')]
 PocketModel = Annotated[Path | None, typer.Option(help="Folder of another pocket model than the shipped one.")]
@@ -68,12 +81,20 @@ TowerRatio = Annotated[
     str | None,
     typer.Option(help="Shares of the vision tower's rows, separated by commas, or auto: each selector also so."),
 ]
+TowerShare = Annotated[
+    str | None,
+    typer.Option(
+        help="Share of the vision tower's rows that stays at every look but that at all tokens, or auto; without it, "
+        "that of the scorer's settings, if any."
+    ),
+]
 TowerSelector = Annotated[
     str | None,
     typer.Option(help="What chooses these: a tower selector, or a tower scorer's folder; else the model's own."),
 ]
 TowerDepth = Annotated[
-    float | None, typer.Option(help="After how many layers of the tower, or which share of them; else a third.")
+    float | None,
+    typer.Option(callback=_depth, help="After how many layers of the tower, or which share of them; else a third."),
 ]
 Metric = Annotated[str, typer.Option(help="When an answer is right: exact, normalized, contains, vqa or anls.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest text to write, for a metric other than exact.")]

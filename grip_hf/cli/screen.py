@@ -72,21 +72,20 @@ def tower_choice(ratios: str | None, selector: str | None, depth: float | None) 
     """The rows of the vision tower that options ask for; None if they ask for all.
 
     Raises:
-        BadParameter: There are no ratios for the other two.
+        BadParameter: There are no ratios for the other two, or a value is not allowed.
     """
     if ratios is None:
         if selector is not None or depth is not None:
             raise typer.BadParameter("--tower-selector and --tower-depth go with --tower-keep-ratio")
         return None
-    from ..config import AUTO, check_tower_depth
+    from ..config import AUTO
     from ..evaluation.towers import TowerChoice
 
-    if depth is not None:
-        depth = check_tower_depth(int(depth) if depth >= 1 and depth == int(depth) else depth)
     found = [
         one if one == AUTO else numbers(one, wanted="--tower-keep-ratio: numbers")[0] for one in split_list(ratios)
     ]
-    return TowerChoice(tuple(found), selector, depth)
+    with failures():
+        return TowerChoice(tuple(found), selector, depth)
 
 
 def split_list(text: str) -> list[str]:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .loading import ModelChoice, load_examples
-from .screen import say
+from .screen import say, split_list, tower_choice
 
 if TYPE_CHECKING:
-    from ..calibration.observe import Chooser, Observed
+    from ..calibration.chooser import Chooser
+    from ..calibration.observe import Observed
+    from ..evaluation.towers import TowerChoice
     from ..frozen.data import Examples
 
 Scorer = Annotated[
@@ -39,6 +41,7 @@ class Survey:
         seed: Of all that is drawn.
         on_bad_row: What a row that cannot be read does.
         styles: Art styles of pocket scenes.
+        tower: How many rows of the vision tower stay, and who chooses them; None leaves it to the scorer's settings.
     """
 
     choice: ModelChoice
@@ -50,6 +53,16 @@ class Survey:
     seed: int
     on_bad_row: str
     styles: tuple[str, ...]
+    tower: TowerChoice | None = None
+
+    @classmethod
+    def of(cls, context: typer.Context) -> Survey:
+        """What the options of a command say; raises `BadParameter`."""
+        given = context.params
+        names = ("scorer", "selector", "force", "split", "examples", "seed", "on_bad_row")
+        tower = tower_choice(given["tower_keep_ratio"], given["tower_selector"], given["tower_depth"])
+        styles = tuple(split_list(given["styles"]))
+        return cls(ModelChoice.of(context), **{name: given[name] for name in names}, styles=styles, tower=tower)
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
@@ -82,9 +95,10 @@ class Survey:
     @property
     def chooser(self) -> Chooser:
         """What chooses the tokens."""
-        from ..calibration.observe import Chooser
+        from ..calibration.chooser import Chooser
 
-        return Chooser(self.scorer, self.selector, self.force)
+        rows = {} if self.tower is None else self.tower.as_settings()
+        return Chooser(self.scorer, self.selector, self.force, tower=rows)
 
     def observe(
         self, budgets: list[float | int], batch_size: int, most: int, metric: str
@@ -94,14 +108,11 @@ class Survey:
 
         from ..calibration.observe import observe
         from ..engine.generation import writing
-        from ..hub.resolve import describe_base
         from ..patch import remove_grip
-        from ..quality.identity import identity
 
         (model, processor), (rows, facts) = self.loaded, self.rows
         handle = self.chooser.apply(model)
-        made_for = {**identity(handle.owner, describe_base(handle.owner), handle.config, handle.scorer)}
-        made_for["writing"] = writing(handle.owner, {})
+        made_for = {**handle.identity(), "writing": writing(handle.owner, {})}
         remove_grip(model)
         processes = PartialState()
         seen = observe(model, processor, rows, self.chooser, budgets, batch_size, most, metric, processes=processes)

@@ -88,9 +88,7 @@ def train_command(
     device = "cpu" if cpu else device
     if device not in ("auto", "cpu", "cuda"):
         raise typer.BadParameter(f"--device must be auto, cpu or cuda here (CUDA_VISIBLE_DEVICES=N), got {device!r}")
-    choice = ModelChoice(
-        pocket, pocket_model, model, dataset, device, dtype, quantize, device_map, attn_implementation, testbed
-    )
+    choice = ModelChoice.of(context, device=device)
     quiet()
     low_high = _numbers(budgets, 2, "--budgets")
     names = split_list(rewards)

@@ -14,6 +14,7 @@ from .screen import failures, numbers, quiet, say
 
 
 def train_tower(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder of the run; going on with an unfinished one is automatic.")],
     pocket: options.Pocket = False,
     model: options.Model = None,
@@ -49,14 +50,13 @@ def train_tower(
     testbed: options.Testbed = "pocket",
 ) -> None:
     """Train what chooses the rows that leave the vision tower, for a scorer that chooses among the tokens left."""
-    choice = ModelChoice(pocket, pocket_model, model, dataset, device, dtype, None, None, attn_implementation, testbed)
+    choice = ModelChoice.of(context)
     quiet()
     low_high = numbers(budgets, wanted="--budgets: numbers")
     if len(low_high) != 2:
         raise typer.BadParameter(f"--budgets needs 2 numbers separated by commas, got {budgets!r}")
     shared: dict[str, Any] = {"report_to": "none", "use_cpu": device == "cpu", "disable_tqdm": not sys.stderr.isatty()}
     with failures():
-        from ..config import check_tower_depth
         from ..errors import ScorerError
         from ..files import check_folder
         from ..frozen.sources import TRAIN_SPLITS
@@ -67,8 +67,6 @@ def train_tower(
         from ..training.rollout import BudgetRange
         from ..training.tower_pipeline import train_tower as run
 
-        if tower_depth is not None:
-            tower_depth = check_tower_depth(int(tower_depth) if tower_depth >= 1 else tower_depth)
         plan = TrainingPlan(
             output=output,
             warmup_steps=warmup_steps,

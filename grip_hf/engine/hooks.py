@@ -119,7 +119,8 @@ class Boundary:
             hooks: Their handles.
             methods: What stands in for methods of the base model.
         """
-        methods = [*self._encoders(), *methods]
+        known = any(isinstance(one, Encode) for one in self._removable)
+        methods = [*([] if known else self._encoders()), *methods]
         for method in methods:
             method.attach()
         self._removable += [*hooks, *methods]

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .budget import Budget
+
 Taps = dict[str, Tensor]
 Encoded = tuple[Any, Taps]
 
@@ -21,10 +23,20 @@ class Memory:
     Attributes:
         kept: by method, its outputs and their taps.
         given: by method, what it gives back instead of running; None while the pictures are encoded.
+        tests: tell of a budget whether the vision tower would keep the rows that it kept; none if it keeps all.
     """
 
     kept: dict[str, list[Encoded]] = dataclasses.field(default_factory=dict)
     given: dict[str, list[Encoded]] | None = None
+    tests: list[Callable[[Budget], bool]] = dataclasses.field(default_factory=list)
+
+    def fits(self, budget: Budget) -> bool:
+        """Whether pictures that are encoded under a budget are what was kept."""
+        return all(test(budget) for test in self.tests)
+
+    def forget(self) -> None:
+        """Let pictures be encoded anew."""
+        self.kept, self.given, self.tests = {}, None, []
 
     def replay(self, change: Callable[[Encoded], Encoded] = lambda one: one) -> None:
         """From now on, give back what was kept, changed like this."""
@@ -59,3 +71,10 @@ def keep(name: str, output: Any, taps: Taps) -> None:
     memory = _memory.get()
     if memory is not None and memory.given is None:
         memory.kept.setdefault(name, []).append((output, taps))
+
+
+def keep_test(test: Callable[[Budget], bool]) -> None:
+    """Remember of pictures that are being encoded under which budgets they would be encoded alike."""
+    memory = _memory.get()
+    if memory is not None and memory.given is None:
+        memory.tests.append(test)

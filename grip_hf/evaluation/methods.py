@@ -66,6 +66,11 @@ class Prompts:
         """Per sample the pixels of its pictures [pictures, ...]."""
         return [self.vlm.process(sample.example)["pixel_values"] for sample in self.samples]
 
+    @cached_property
+    def anew(self) -> dict[str, Any]:
+        """In the place of `pictures`, pixels to be encoded again."""
+        return self.vlm.pixels(self.samples)
+
     def said(self, inputs: dict[str, Any]) -> tuple[Tensor, list[float] | None]:
         """What greedy decoding writes from `inputs`, and the probability of each text, if it is asked for.
 
@@ -159,7 +164,7 @@ class Pruned:
         model = self._apply(prompts.vlm.model)
         shown = prompts.pictures
         if self.tower:
-            shown = {"pixel_values": torch.cat(prompts.pixels).to(model.dtype)}
+            shown = prompts.anew
         found = []
         try:
             for budget in budgets:

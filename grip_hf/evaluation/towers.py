@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..config import check_tower
+from ..engine.choice import Score
 from ..errors import ConfigError
 from ..families.table import find_parts
 from ..hub.checkpoint import attached_folder
@@ -36,8 +37,8 @@ class TowerChoice:
 
     Attributes:
         ratios: Shares of the rows to try, each in (0, 1] or "auto".
-        selector: What chooses them: a name, or the folder of a tower scorer; None takes the tower scorer that came
-            with the model.
+        selector: What chooses them: a name, the folder of a tower scorer, or a selector; None takes the tower scorer
+            that came with the model.
         depth: After how many layers, or which share of them.
 
     Raises:
@@ -45,12 +46,27 @@ class TowerChoice:
     """
 
     ratios: tuple[float | str, ...]
-    selector: str | None = None
+    selector: str | Score | None = None
     depth: float | None = None
 
     def __post_init__(self) -> None:
         for ratio in self.ratios:
             check_tower(ratio)
+
+    def as_settings(self) -> dict[str, Any]:
+        """Arguments of `apply_grip` for a single ratio, which takes what it takes where no selector is named.
+
+        Raises:
+            ConfigError: There are several ratios.
+            ScorerError: The tower scorer cannot be loaded.
+        """
+        if len(self.ratios) != 1:
+            raise ConfigError(f"tower_keep_ratio must be one share of the rows here, or auto, got {list(self.ratios)}")
+        chosen = self.selector
+        if isinstance(chosen, str) and os.path.isdir(chosen):
+            chosen = TowerGripSelector(TowerScorer.from_folder(chosen))
+        depth = {} if self.depth is None else {"tower_depth": self.depth}  # else that of the saved settings
+        return {"tower_keep_ratio": self.ratios[0], "tower_selector": chosen, **depth}
 
     def settings(self, model: Any, seed: int, fresh: bool = True) -> dict[str, Any]:
         """Arguments of `apply_grip`, without the ratio.
@@ -65,6 +81,8 @@ class TowerChoice:
             ScorerError: The tower scorer cannot be loaded.
             UnsupportedModelError: The tower is not known.
         """
+        if callable(self.selector):
+            return {"tower_selector": self.selector, "tower_depth": self.depth}
         name, depth = self.selector or LEARNED, self.depth
         folder = name if os.path.isdir(name) else None
         if name == LEARNED and (own := attached_folder(model)) and os.path.isdir(os.path.join(own, FOLDER)):

@@ -173,6 +173,12 @@ class FrozenVLM:
             self._cache[key] = encoded
         return encoded
 
+    def pixels(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """The pixels of samples' pictures: arguments of the model that encodes them anew, beside `collate`'s."""
+        given = [self.process(sample.example) for sample in samples]
+        names = [name for name in given[0] if name.startswith("pixel_values")]
+        return {name: _stacked([one[name] for one in given]).to(self.model.dtype) for name in names}
+
     def answer_tokens(self, answer: str) -> Tensor:
         """[A] long, the tokens of an answer, with the one that ends it; raises `DatasetError` for a picture's."""
         tokenizer = self.processor.tokenizer
@@ -266,6 +272,14 @@ def pictures(encoded: Sequence[Encoded]) -> dict[str, Any]:
     if encoded[0].taps:
         attach_taps(carrier, {name: torch.cat([one.taps[name] for one in encoded]) for name in encoded[0].taps})
     return {ENCODED: {"image": carrier}}
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Pixels of several examples, padded to the most tiles and the largest picture, as processors pad those of one."""
+    most = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    gaps = [[most[i] - part.shape[1 + i] for i in range(len(most))] for part in parts]
+    padding = [[side for gap in reversed(each) for side in (0, gap)] for each in gaps]
+    return torch.cat([torch.nn.functional.pad(part, one) for part, one in zip(parts, padding, strict=True)])
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -43,11 +42,6 @@ class LookAgain(InstanceMethod):
             return self.own(*args, **kwargs)
         given = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
         rule = asked.rule or (FIRST if given.get("streamer") is not None else None)
-        if asked.tower_keep_ratio != self.handle.config.tower_keep_ratio:
-            raise ConfigError(
-                f"tower_keep_ratio={asked.tower_keep_ratio!r} is not what a quality was asked for with "
-                f"({self.handle.config.tower_keep_ratio!r}): say it in apply_grip, and calibrate with it"
-            )
         promise = self.handle.promise(asked.quality, rule)
         return Ladder(self, given, promise, asked).answer()
 
@@ -74,6 +68,8 @@ class Ladder:
             raise ConfigError("generate with a quality needs input_ids")
         check_call(self.model, self.given, promise, self.handle.calibration)
         self.prompt = self.given[self.ids_name].shape[1]
+        # The rows whose pictures are encoded as the memory has them, and their arguments.
+        self.rows, self.shown = list(range(len(self.given[self.ids_name]))), self.given
 
     def answer(self) -> Any:
         """What `generate` gives."""
@@ -99,8 +95,9 @@ class Ladder:
         return output
 
     def _look(self, rung: float | int, threshold: float | None, rows: list[int], memory: Memory | None) -> Look:
-        """Answer some rows at a budget; the memory gives their pictures back, if they are encoded."""
-        arguments, answered = self._arguments(rows, memory)
+        """Answer some rows at a budget; the memory, if there is one, gives back what is encoded of their pictures."""
+        allowed = self._budget(rung)
+        arguments, answered = self._arguments(rows, memory, allowed)
         doubt = Doubt(self.promise.rule, threshold, self._whole)
         arguments["logits_processor"] = [*arguments.get("logits_processor", ()), doubt]
         if threshold is not None:
@@ -108,7 +105,7 @@ class Ladder:
         if "streamer" in arguments:
             arguments["streamer"] = Held(arguments["streamer"], doubt, first=memory is None)
         arguments = generation.with_dict(arguments)
-        with override(self.handle, self._budget(rung), told=False):
+        with override(self.handle, allowed, told=False):
             output = self.own(**arguments)
         last = self.handle.last
         ends, pad = generation.ends(self.model, self.given), generation.padding(self.model, self.given)
@@ -132,25 +129,34 @@ class Ladder:
         assert last is not None
         return [len(kept) == total for kept, total in zip(last.kept, last.total, strict=True)]
 
-    def _arguments(self, rows: Sequence[int], memory: Memory | None) -> tuple[dict[str, Any], list[int]]:
-        """The arguments of a look, and the rows that they are of: all, where they cannot be told apart."""
-        every = list(range(len(self.given[self.ids_name])))
-        if memory is None or self.asked.tower_keep_ratio is not None:
-            # How many rows of the vision tower stay hangs on the budget of the look, so it encodes anew.
-            return dict(self.given), every
-        if len(rows) == len(every):
+    def _arguments(self, rows: list[int], memory: Memory | None, allowed: Budget) -> tuple[dict[str, Any], list[int]]:
+        """The arguments of a look, and the rows that they are of: all, where they cannot be told apart.
+
+        Pictures are encoded once for looks at which the same rows stay in the vision tower, which are all looks where
+        none leave it; a look at which others stay, such as the last one at all tokens, encodes them anew.
+        """
+        if memory is None:
+            return dict(self.shown), self.rows
+        anew, arguments = not memory.fits(allowed), self.shown
+        try:
+            if len(rows) < len(self.rows):
+                arguments, cut = self._pick(rows, memory, anew)
+                memory.replay(cut)
+            else:
+                memory.replay()
+        except CannotPickError:
+            rows, arguments = self.rows, self.shown
             memory.replay()
-            return dict(self.given), every
+        if anew:
+            memory.forget()
+            self.rows, self.shown = rows, arguments
+        return dict(arguments), rows
+
+    def _pick(self, rows: list[int], memory: Memory, anew: bool) -> tuple[dict[str, Any], Any]:
         parts = self.handle._boundary.parts
         encoders = {name for encoder in ENCODERS for name in parameters_of(parts.base, encoder)}
-        picker = Rows(self.given, self.ids_name, parts.token_ids, encoders)
-        try:
-            arguments, cut = picker.pick(rows, memory.kept)
-            memory.replay(cut)
-        except CannotPickError:
-            memory.replay()
-            return dict(self.given), every
-        return arguments, list(rows)
+        picker = Rows(self.shown, self.ids_name, parts.token_ids, encoders)
+        return picker.pick([self.rows.index(row) for row in rows], memory.kept, anew)
 
 
 class Held:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import GripConfig
 
+if TYPE_CHECKING:
+    from ..tower.drop import TowerDrops
+
 
 def identity(model: Any, base: Mapping[str, Any], config: GripConfig, scorer: nn.Module | None) -> dict[str, Any]:
-    """What must be the same for a promise to hold, as plain data.
+    """What must be the same for a promise to hold, as plain data; what `of_tower` says comes to it.
 
     Args:
         model: The model.
@@ -36,15 +39,35 @@ def identity(model: Any, base: Mapping[str, Any], config: GripConfig, scorer: nn
         "scope": config.scope,
         "position_ids": config.position_ids,
         "seed": config.seed,
-        "tower": _tower(config),
     }
 
 
-def _tower(config: GripConfig) -> list[Any] | None:
-    """What rows of the vision tower stay, and who chooses them; None if all do."""
-    if config.tower_keep_ratio is None:
+def of_tower(keep_ratio: float | str | None, drops: TowerDrops | None) -> dict[str, Any] | None:
+    """How many rows of the vision tower stay, and what chooses them where; None if all do.
+
+    Args:
+        keep_ratio: How many, as settings have it.
+        drops: The part of the patch that drops rows, or None.
+    """
+    if keep_ratio is None or drops is None:
         return None
-    return [config.tower_keep_ratio, config.tower_depth, config.tower_selector]
+    scorer = getattr(drops.selector, "scorer", None)
+    return {
+        "keep_ratio": keep_ratio,
+        "selector": getattr(drops.selector, "name", None),
+        "scorer": fingerprint(scorer) if isinstance(scorer, nn.Module) else None,
+        "depth": drops.tower.first,
+    }
+
+
+def told(name: str, fact: Any) -> str:
+    """A fact for people."""
+    if name != "tower" or not (fact is None or isinstance(fact, Mapping)):
+        return repr(fact)
+    if fact is None:
+        return "whole (tower_keep_ratio=None)"
+    by = f"{fact.get('selector')!r}" + (f" {fact['scorer']}" if fact.get("scorer") else "")
+    return f"pruned (tower_keep_ratio={fact.get('keep_ratio')!r}, by {by} after {fact.get('depth')} layers)"
 
 
 def weights_of(model: nn.Module) -> str | None:
@@ -76,4 +99,4 @@ def fingerprint(scorer: nn.Module) -> str:
 
 def _bytes(weight: Tensor) -> bytes:
     # bfloat16 holds the leading bits of float32, so that a scorer beside a model in half precision is the same.
-    return weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+    return weight.detach().to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes()

@@ -16,6 +16,7 @@ from ..engine.budget import Budget
 from ..errors import ConfigError
 from ..files import write_json
 from .doubt import ANSWER, FIRST, RULES
+from .identity import told
 
 QUALITY_FILE = "quality.json"
 FORMAT = 1
@@ -79,6 +80,7 @@ class Calibration:
 
     Attributes:
         made_for: Facts of the model, of what chooses, and of how `generate` writes; a promise holds for these alone.
+            One that is missing, as in files of earlier releases, is None.
         unit: What agreement is counted in: "answer", "token", or the name of a function.
         longest: Length in tokens of the longest answer that was seen.
         max_new_tokens: How many tokens could be written.
@@ -178,7 +180,7 @@ def check_made_for(calibration: Calibration, facts: Mapping[str, Any]) -> None:
     known = calibration.made_for
     facts = json.loads(json.dumps(facts, default=repr))  # as they come out of a file
     apart = [
-        f"{name} is {fact!r}, not {known.get(name)!r}"
+        f"{name} is {told(name, fact)}, not {told(name, known.get(name))}"
         for name, fact in facts.items()
         if fact != known.get(name) and not (name in MAY_BE_UNKNOWN and None in (fact, known.get(name)))
     ]

@@ -86,13 +86,14 @@ class Rows:
         self.counts = counts(given[ids_name], token_ids)
 
     def pick(
-        self, rows: Sequence[int], encoded: Mapping[str, list[Encoded]]
+        self, rows: Sequence[int], encoded: Mapping[str, list[Encoded]], anew: bool = False
     ) -> tuple[dict[str, Any], Callable[..., Any]]:
         """The arguments for some rows, and a function that cuts encoded pictures down to them.
 
         Args:
             rows: Numbers of the rows.
             encoded: What each method has encoded.
+            anew: Whether the pictures of these rows are to be encoded again, so that all arguments count.
 
         Raises:
             CannotPickError: Some argument cannot be told apart by row.
@@ -120,9 +121,16 @@ class Rows:
             elif items.get(len(value)) is not None:
                 places = torch.tensor(chosen(items[len(value)] or [], rows), dtype=torch.long, device=value.device)
                 found[name] = value[places]
-            elif name not in self.encoders:
+            elif anew and len(outputs) == 1 and name in self.encoders and (each := self._each(value, outputs[0])):
+                found[name] = _rows_of(value, [each * count for count in self._per_row(outputs[0])], rows)
+            elif anew or name not in self.encoders:
                 raise CannotPickError(f"{name} of shape {tuple(value.shape)} cannot be told apart by row")
         return found, lambda one: (self.cut(one[0], rows), self._taps(one, rows))
+
+    def _each(self, value: Tensor, output: Any) -> int:
+        """How many entries of packed pixels make a visual token; 0 if they are none."""
+        total = sum(sizes(output[FEATURES]))
+        return 0 if len(value) % total else len(value) // total
 
     def _per_row(self, output: Any) -> list[int]:
         """How many of its visual tokens each row has."""
@@ -150,7 +158,9 @@ class Rows:
 
 
 def _rows_of(tap: Tensor, per_row: Sequence[int], rows: Sequence[int]) -> Tensor:
-    """The part of some rows of a tensor [tokens, ...]."""
+    """The part of some rows of a tensor [tokens, ...]; one without any says something of all."""
+    if not len(tap):
+        return tap
     span = spans([1] * len(tap), per_row)
     if span is None:
         raise CannotPickError("taps are not one row per visual token")

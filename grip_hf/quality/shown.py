@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..tables import Column, Table
+from .identity import told
 from .promise import Calibration, Promise
 
 UNITS = {"answer": "whole answers", "token": "tokens"}
@@ -62,9 +63,11 @@ def describe(found: Calibration | None) -> str:
     data = f"{found.data.get('dataset', 'unknown data')}, {found.data.get('rows')} questions about different pictures"
     unit = UNITS.get(found.unit, f"agreement by `{found.unit}`")
     most = max(one.quality for one in found.promises)
+    tower = found.made_for.get("tower")
+    rows = "" if tower is None else f" At looks at fewer than all tokens, the vision tower is {told('tower', tower)}."
     return (
         f"`apply_grip(model, scorer=..., quality={most:g})` lets `generate` answer at few visual tokens, and again at "
         f"more where it is in doubt, so that {unit} are as with all tokens as often as promised, on data like that of "
-        f"the calibration: {data}, at most {found.max_new_tokens} new tokens, greedy.\n\n"
+        f"the calibration: {data}, at most {found.max_new_tokens} new tokens, greedy.{rows}\n\n"
         f"{promises(found).markdown()}\n\n{curve(found).markdown()}\n\nMade with {made}."
     )

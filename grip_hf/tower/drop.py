@@ -21,6 +21,7 @@ from ..engine.budget import Budget
 from ..engine.choice import Score
 from ..engine.context import Hook, prompt_of_generation, running
 from ..engine.keepsets import VisualBatch
+from ..engine.once import keep_test
 from ..engine.taps import encoder, publish
 from ..errors import GripError
 from .facts import Tower
@@ -122,6 +123,8 @@ class TowerDrops:
         # Called by itself, it is nobody's who would know which rows it lacks.
         if not name or not drops_rows(budget) or name in self.tower.rows.whole:
             _thread.calls.append(None)
+            if name not in self.tower.rows.whole:
+                keep_test(lambda other: not drops_rows(other))
             if name and drops_rows(budget):
                 publish(tap_of(name), torch.empty(0), lambda: torch.ones(0, dtype=torch.bool))
             return
@@ -176,7 +179,9 @@ class TowerDrops:
         hidden = args[0] if args else kwargs["hidden_states"]
         places = places_of(self.tower, call.arguments, hidden, args, kwargs)
         totals = places.mask.sum(1).tolist()
-        wanted = rows_of(call.budget, totals, shared=not self.boundary.per_image and _samples(self.boundary) == 1)
+        shared = not self.boundary.per_image and _samples(self.boundary) == 1
+        wanted = rows_of(call.budget, totals, shared)
+        keep_test(lambda other: rows_of(other, totals, shared) == wanted)
         alive = places.tokens
         if wanted != totals:
             counts = torch.tensor(wanted, device=hidden.device)

@@ -59,22 +59,24 @@ class TowerPart:
     def budget(
         self, keep_ratio: Any, num_tokens: Any, tower_keep_ratio: Any, quality: Any = None, rule: Any = None
     ) -> Budget:
-        """The budget that a user gives, beside what holds by now; its hooks are registered.
-
-        Raises:
-            ConfigError, UnsupportedModelError: See `GripHandle.budget`.
-        """
+        """The budget that a user gives, beside what holds by now; raises `ConfigError`, see `GripHandle.budget`."""
         now = asked_of(self.boundary)
         if tower_keep_ratio is None:
             asked = Budget.checked(keep_ratio, num_tokens, quality, rule)
             return dataclasses.replace(asked, tower_keep_ratio=now.tower_keep_ratio)
         if keep_ratio is None and num_tokens is None and quality is None:
             keep_ratio, num_tokens, quality, rule = now.keep_ratio, now.num_tokens, now.quality, rule or now.rule
-        budget = checked(keep_ratio, num_tokens, tower_keep_ratio, quality, rule)
+        return checked(keep_ratio, num_tokens, tower_keep_ratio, quality, rule)
+
+    def dropping(self, budget: Budget) -> TowerDrops | None:
+        """What drops rows under a budget, registered or not; None if none go. Raises as `make` does."""
+        return (self.boundary.tower or self._make()) if drops_rows(budget) else None
+
+    def ready(self, budget: Budget) -> None:
+        """Register the hooks that a budget needs, if they are not."""
         with _attaching:
             if drops_rows(budget) and self.boundary.tower is None:
                 self.attach(self._make())
-        return budget
 
     @property
     def chosen_by(self) -> Score | None:
@@ -89,3 +91,12 @@ class TowerPart:
         """Write the tower scorer, if there is one, into the folder of the scorer."""
         if self.scorer is not None:
             self.scorer.save_pretrained(os.path.join(folder, FOLDER))
+
+
+def tower_scorer_of(selector: Any) -> Any:
+    """The tower scorer that a selector of rows is no more than, or None."""
+    if selector is None or isinstance(selector, str):
+        return None
+    from .scorer import TowerGripSelector
+
+    return selector.scorer if type(selector) is TowerGripSelector else None

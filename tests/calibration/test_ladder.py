@@ -1,5 +1,6 @@
 """Ladders are compared with a plain loop over rows, and their promises with fresh rows."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,14 +11,23 @@ from grip_hf.calibration.bound import p_value
 from grip_hf.calibration.ladder import Policy, certify, draw_up, expected, fixed, outcome
 
 
+def with_tower(rows):
+    """The first two budgets look at one encoding of the picture, the others each at one of their own."""
+    vision, encodings = np.array([5.0, 5.0, 20.0, 60.0]), np.array([0, 0, 1, 2])
+    return dataclasses.replace(rows, vision=vision, encodings=encodings)
+
+
+@pytest.mark.parametrize("tower", [False, True])
 @pytest.mark.parametrize("policy", [Policy((2,), ()), Policy((0, 3), (0.9,)), Policy((0, 1, 3), (0.95, 0.6))])
-def test_an_outcome_is_that_of_a_loop_over_rows(policy):
-    rows = answered(200, seed=1)
+def test_an_outcome_is_that_of_a_loop_over_rows(policy, tower):
+    rows = with_tower(answered(200, seed=1)) if tower else answered(200, seed=1)
+    encoding = {(): (5, 5, 20, 60), (0,): (0, 0, 20, 60), (0, 1): (0, 0, 20, 60)}  # by the looks before
     found = outcome(policy, rows)
     for row in range(200):
         tokens = seconds = 0
         for place, rung in enumerate(policy.rungs):
             tokens, seconds = tokens + rows.tokens[rung, row], seconds + rows.seconds[rung]
+            seconds += encoding[policy.rungs[:place]][rung] if tower else 0
             last = place == len(policy.thresholds)
             if last or rows.whole[rung, row] or rows.confidences[rung, row] >= policy.thresholds[place]:
                 break
@@ -25,8 +35,9 @@ def test_an_outcome_is_that_of_a_loop_over_rows(policy):
         assert (found.tokens[row], found.seconds[row], found.looks[row]) == (tokens, seconds, place + 1)
 
 
-def test_a_path_runs_from_careful_to_cheap_and_ends_at_the_smallest_budget():
-    rows = answered(600, seed=2)
+@pytest.mark.parametrize("tower", [False, True])
+def test_a_path_runs_from_careful_to_cheap_and_ends_at_the_smallest_budget(tower):
+    rows = with_tower(answered(600, seed=2)) if tower else answered(600, seed=2)
     path = draw_up(rows)
     costs = [outcome(one, rows).seconds.mean() for one in path]
     assert costs == sorted(costs, reverse=True) and len(set(path)) == len(path) <= 60

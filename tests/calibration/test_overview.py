@@ -12,7 +12,7 @@ from grip_hf.calibration.observe import Observed
 from grip_hf.calibration.overview import draw, overview, smallest
 from grip_hf.calibration.timing import Times, first_token
 
-TIMES = Times([10.0, 20.0, 40.0, 130.0], 5.0, [1.0, 1.0, 2.0, 4.0])
+TIMES = Times([10.0, 20.0, 40.0, 130.0], [5.0] * 4, [1.0, 1.0, 2.0, 4.0])
 
 
 def test_time_to_the_first_token_that_stands():
@@ -20,6 +20,10 @@ def test_time_to_the_first_token_that_stands():
     # picture once; a glance; for a tenth of the rows the rest of that answer and a look at all tokens
     assert first_token(TIMES, [0, 3], [1.0, 0.1], 3.0, "answer") == pytest.approx(5 + 5 + 0.1 * (2 * 1 + 125))
     assert first_token(TIMES, [0, 3], [1.0, 0.1], 3.0, "first") == pytest.approx(5 + 5 + 0.1 * 125)
+    # the picture at half of its rows for the first two budgets, and whole for the last
+    half = Times([10.0, 20.0, 40.0, 130.0], [3.0, 3.0, 4.0, 6.0], [1.0] * 4, [0, 0, 1, 2])
+    assert first_token(half, [0, 1], [1.0, 0.5], 3.0, "first") == pytest.approx(10 + 0.5 * (20 - 3))
+    assert first_token(half, [0, 2, 3], [1.0, 0.5, 0.1], 3.0, "first") == pytest.approx(10 + 0.5 * 40 + 0.1 * 130)
 
 
 def test_an_overview_has_every_budget_and_every_promise_that_can_be_made():
@@ -59,7 +63,7 @@ def test_draws(tmp_path):
         ],
     }
     (tmp_path / "small.json").write_text(json.dumps(bench))
-    assert times_of(bench, (4, 12, 36, 1.0)) == Times([20.0, 25.0, 40.0, 100.0], 10.0, [2.0, 2.0, 2.0, 5.0])
+    assert times_of(bench, (4, 12, 36, 1.0)) == Times([20.0, 25.0, 40.0, 100.0], [10.0] * 4, [2.0, 2.0, 2.0, 5.0])
     options = ["--rows", "300", "--fresh", "200", "--draws", "3", "--qualities", "0.9,0.95"]
     files = [str(tmp_path / f"{seed}.npz") for seed in (1, 2)]
     more = ["--latency", str(tmp_path / "small.json"), "--json", str(tmp_path / "out.json")]

@@ -1,5 +1,6 @@
 """`grip-hf calibrate` on the pocket model: a folder that is used as it is, and errors before any work."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,16 +8,22 @@ import sys
 
 import pytest
 import torch
+from answered import observed
 from classroom import build_vlm, rows
 from datasets import Dataset
 from typer.testing import CliRunner
 from versions import TRAINING
 
-from grip_hf import apply_grip
+from grip_hf import GripConfig, apply_grip
+from grip_hf.calibration.calibrate import calibrate
 from grip_hf.cli.app import app
+from grip_hf.cli.folder import with_default
 from grip_hf.errors import ConfigError
+from grip_hf.families.table import find_parts
 from grip_hf.pocket import load_pocket_llava, make_scene
 from grip_hf.quality.promise import QUALITY_FILE, Calibration
+from grip_hf.tower.facts import find_tower, width_of
+from grip_hf.tower.scorer import TowerScorer, TowerScorerConfig
 
 pytestmark = TRAINING
 FEW = ["calibrate", "--pocket", "--examples", "72", "--quality", "0.8,0.9", "--budgets", "5,24", "--batch-size", "36"]
@@ -99,6 +106,10 @@ def test_another_selector_or_a_damaged_file_is_refused(folder, tmp_path):
         (["--budgets", "1.0"], "keep ratios below 1"),
         (["--selector", "fastv"], "drops tokens between layers"),
         (["--output", "/proc/no"], "cannot be"),
+        (["--tower-keep-ratio", "0.5,0.25"], "must be one share"),
+        (["--tower-keep-ratio", "1.5"], "tower_keep_ratio must be a number in (0, 1]"),
+        (["--tower-keep-ratio", "auto", "--tower-depth", "9"], "tower_depth"),
+        (["--tower-depth", "2"], "go with --tower-keep-ratio"),
     ],
 )
 def test_errors_come_before_any_work(tmp_path, monkeypatch, change, said):
@@ -117,12 +128,51 @@ def test_it_must_be_said_where_to_write():
 
 
 @pytest.mark.slow
-def test_the_curve(tmp_path):
+def test_the_vision_tower_pruned_too(folder, tmp_path):
+    """The settings of a scorer's folder prune the tower from then on, by the tower scorer that came to lie in it."""
+    model, inputs = asked()
+    apply_grip(model, scorer=folder, num_tokens=5)
+    model.grip.save_pretrained(tmp_path / "scorer")
+    tower = find_tower(find_parts(model), None)
+    TowerScorer(
+        TowerScorerConfig(
+            hidden_size=width_of(tower), text_size=model.config.get_text_config().hidden_size, depth=tower.first
+        )
+    ).save_pretrained(tmp_path / "tower")
+    done = run(
+        *FEW, "--max-new-tokens", "8", "--scorer", tmp_path / "scorer", "--tower-keep-ratio", "0.6",
+        "--tower-selector", tmp_path / "tower",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "is pruned (tower_keep_ratio=0.6, by 'grip'" in (tmp_path / "scorer/README.md").read_text()
+    apply_grip(model, scorer=tmp_path / "scorer", quality=0.9)
+    assert model.grip.config.tower_keep_ratio == 0.6 and model.grip.tower.scorer is not None
+    model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    seen = zip(model.grip.last.candidates, model.grip.last.kept, strict=True)
+    assert {candidates for candidates, kept in seen if len(kept) < 144} <= {87}
+    with pytest.raises(ConfigError, match=r"tower is whole .*, not pruned"):
+        apply_grip(model, scorer=tmp_path / "scorer", quality=0.9, tower_keep_ratio=None)
+    with pytest.raises(ConfigError, match=r"tower is pruned .*, not whole"):
+        apply_grip(model, scorer=folder, quality=0.9, tower_keep_ratio=0.6)
+
+
+def test_a_default_budget_beyond_the_rows_of_the_tower_becomes_a_promise():
+    seen = observed(300)
+    found = calibrate(seen, {}, [0.9])
+    few = dataclasses.replace(found, curve=[{"budget": 0.7, "tokens": 100.0, "agreement": 0.95}])
+    for ratio, budget in ((0.5, (None, 0.9)), (0.8, (0.7, None)), ("auto", (0.7, None)), (None, (0.7, None))):
+        config = with_default(GripConfig(num_tokens=1, tower_keep_ratio=ratio), few)
+        assert (config.keep_ratio, config.quality) == budget and config.tower_keep_ratio == ratio
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tower", [(), ("--tower-keep-ratio", "0.5")], ids=["whole", "half"])
+def test_the_curve(tmp_path, tower):
     pytest.importorskip("matplotlib")
     picture, file = tmp_path / "curve.png", tmp_path / "curve.json"
     done = run(
         "curve", "--pocket", "--examples", "60", "--quality", "0.8", "--budgets", "0.05,0.25", "--rounds", "2",
-        "--output", picture, "--json", file, "--max-new-tokens", "8",
+        "--output", picture, "--json", file, "--max-new-tokens", "8", *tower,
     )  # fmt: skip
     assert done.exit_code == 0 and "smallest budget within 1 points" in done.output, done.output
     found = json.loads(file.read_text())

@@ -10,8 +10,7 @@ from tiny import HIDDEN, IMAGE, build, make_inputs
 from grip_hf import GripScorer, apply_grip
 from grip_hf.engine.generation import writing
 from grip_hf.errors import ConfigError
-from grip_hf.hub.resolve import describe_base
-from grip_hf.quality.identity import fingerprint, identity
+from grip_hf.quality.identity import fingerprint
 from grip_hf.quality.promise import Calibration
 from grip_hf.scorer.model import GripScorerConfig
 
@@ -22,7 +21,7 @@ PROMPTS = [[3, IMAGE, 4], [2, IMAGE, 2, IMAGE, 3], [5], [2, IMAGE, 6]]
 def calibrated(model, *promises, **settings):
     """A calibration of a model as it is patched with these settings."""
     handle = apply_grip(model, keep_ratio=0.5, **settings).grip
-    facts = {**identity(model, describe_base(model), handle.config, handle.scorer), "writing": writing(model, {})}
+    facts = {**handle.identity(), "writing": writing(model, {})}
     return Calibration(facts, "answer", 6, 6, True, {}, promises or (promise((0.25, 1.0)),), (), {})
 
 

@@ -6,8 +6,6 @@ from tiny import select_by_content
 
 from grip_hf import apply_grip
 from grip_hf.engine.generation import writing
-from grip_hf.hub.resolve import describe_base
-from grip_hf.quality.identity import identity
 from grip_hf.quality.promise import Calibration, Promise
 
 ALWAYS, NEVER = 1.0, 0.0  # thresholds that doubt every answer, and none
@@ -18,13 +16,12 @@ def promise(ladder=(0.25, 0.5, 1.0), thresholds=None, rule="answer", quality=0.9
     return Promise(quality, 0.95, rule, tuple(ladder), tuple(thresholds), 100, 0.01, 0.95, 10.0, 0.1)
 
 
-def calibration(model, *promises, most=6, **changes):
-    """A calibration of a tiny model that `select_by_content` prunes."""
+def calibration(model, *promises, most=6, tower=None, **changes):
+    """A calibration of a tiny model that `select_by_content` prunes, and whose tower is pruned as settings say."""
     facts = {"writing": writing(model, {}), **changes.pop("made_for", {})}
     usual = {"unit": "answer", "longest": most, "max_new_tokens": most, "cut": True, "data": {}, "versions": {}}
     found = Calibration(facts, promises=promises or (promise(),), curve=(), **{**usual, **changes})
-    apply_grip(model, keep_ratio=0.5, selector=select_by_content)
-    mine = identity(model, describe_base(model), model.grip.config, None)
+    mine = apply_grip(model, num_tokens=1, selector=select_by_content, **(tower or {})).grip.identity()
     return Calibration(**{**vars(found), "made_for": {**mine, **found.made_for}})
 
 

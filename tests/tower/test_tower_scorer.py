@@ -166,8 +166,10 @@ def test_it_is_saved_with_the_scorer_and_chooses_again(tmp_path):
     assert model.grip.config.tower_keep_ratio == 0.5 and model.grip._boundary.tower.selector.name == "grip"
     with watched() as plans:
         first = model(**inputs).logits
-    apply_grip(model, scorer=tmp_path, tower_selector=TowerGripSelector(make_tower_scorer()))
+    apply_grip(model, scorer=tmp_path, tower_selector=lambda batch: batch.mask.float())
     assert not model.grip.can_be_saved
+    apply_grip(model, scorer=tmp_path, tower_selector=TowerGripSelector(make_tower_scorer()))
+    assert model.grip.can_be_saved and model.grip.config.tower_selector == "grip"
     with watched() as again:
         assert torch.equal(first, model(**inputs).logits)
     assert torch.equal(plans[0].alive, again[0].alive)

@@ -1,0 +1,43 @@
+"""What is observed of a model whose vision tower is pruned too: answers, and what looks in a row share."""
+
+import pytest
+import torch
+
+from grip_hf import apply_grip, remove_grip
+from grip_hf.calibration.chooser import Chooser
+from grip_hf.calibration.observe import Observed, observe
+from grip_hf.errors import ConfigError
+from grip_hf.frozen.vlm import _stacked
+from grip_hf.pocket import load_pocket_llava
+from grip_hf.pocket.examples import OnePerScene
+
+HALF = {"tower_keep_ratio": 0.5, "tower_selector": "distance"}
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_looks_are_observed_with_the_tower_that_they_will_have(tmp_path):
+    (model, processor), examples, budgets = load_pocket_llava(), OnePerScene(2, 4), (3, 24, 90, 1.0)
+    seen = observe(model, processor, examples, Chooser(tower=HALF), budgets[:3], 2, 8, progress=False)
+    assert not hasattr(model, "grip") and seen.budgets == budgets
+    assert seen.encodings.tolist() == [0, 0, 1, 2]  # 90 of 144 tokens need more than half of the rows
+    assert (seen.vision > 0).all() and seen.vision[0] == seen.vision[1] and (seen.seconds > 0).all()
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    for number, budget in enumerate(budgets):
+        remove_grip(model) if budget == 1 else apply_grip(model, num_tokens=budget, **HALF)
+        for row in range(2):
+            inputs = processor.apply_chat_template([examples[row].messages], **options)
+            out = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            said = seen.answers[number, row]
+            assert said[said >= 0].tolist() == out.tolist()
+            assert seen.kept[number, row] == (144 if budget == 1 else len(model.grip.last.kept[0]))
+    seen.save(tmp_path / "seen.npz")
+    assert Observed.load(tmp_path / "seen.npz").encodings.tolist() == [0, 0, 1, 2]
+    with pytest.raises(ConfigError, match="tower_keep_ratio must be a number"):
+        observe(model, processor, examples, Chooser(tower={"tower_keep_ratio": 2}), [24], progress=False)
+
+
+def test_pixels_of_unequal_pictures_are_padded():
+    one, other = torch.ones(1, 2, 3, 4, 6), torch.ones(2, 1, 3, 5, 6)
+    found = _stacked([one, other])
+    assert found.shape == (3, 2, 3, 5, 6) and found.sum() == one.sum() + other.sum()
+    assert torch.equal(found[:1, :, :, :4], one) and torch.equal(found[1:, :1], other)
