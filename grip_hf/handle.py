@@ -63,7 +63,8 @@ class GripHandle:
         self._boundary = Boundary(
             parts, selector, config.scope == "image", compact, usual, key=self, encodes_once=promised
         )
-        self._savers = (SaveWithGrip(self), AdapterFiles(self))
+        self._adapter_files = AdapterFiles(self)
+        self._savers = (SaveWithGrip(self), self._adapter_files)
         self._looks = (LookAgain(self),) if promised and hasattr(type(parts.owner), "generate") else ()
         self.adapters: dict[str, AdapterPart] = {}
         self.tower = TowerPart(self._boundary, config)

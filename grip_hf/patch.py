@@ -17,7 +17,7 @@ from .engine.upstream import check_language_model, is_untested
 from .errors import ScorerError, UnsupportedModelError
 from .families.table import Parts, find_parts, unwrap
 from .handle import GripHandle
-from .hub.adapter_part import part_of, warn_if_it_differs
+from .hub.adapter_part import part_of
 from .hub.resolve import LEARNED, resolve
 from .quality.promise import Calibration, find
 from .tower.part import tower_scorer_of
@@ -119,7 +119,7 @@ def apply_grip(
         vouch(parts.owner.config, prune)
     handle = _attach(parts, settings, chosen, asked.scorer, asked.note, rows, promised)
     if adapter is not None:
-        warn_if_it_differs(adapter, handle)
+        handle._adapter_files.compare_part(adapter)
     return model
 
 

@@ -90,21 +90,47 @@ def saving_adapters(owner: nn.Module) -> list[tuple[str, Any]]:
     return []
 
 
-def loading_adapter(owner: nn.Module) -> tuple[str, str, dict[str, Any]] | None:
+def loading_adapter(owner: nn.Module) -> tuple[str, Any, str, dict[str, Any]] | None:
     """The adapter that PEFT is putting around a model.
 
     Args:
         owner: The model that was patched, whose weights are being loaded.
 
     Returns:
-        Its name, its folder or Hub id, and where on the Hub to look; None if nobody loads one.
+        Its name, PEFT's configuration of it, its folder or Hub id, and where on the Hub to look; None if nobody loads
+        one.
     """
     kind = getattr(sys.modules.get("peft"), "PeftModel", ())
     for caller, frame in _methods_around():
         if isinstance(caller, kind) and frame.f_code.co_name == "load_adapter" and caller.get_base_model() is owner:
-            held = frame.f_locals
-            return held["adapter_name"], os.fspath(held["model_id"]), dict(held.get("hf_hub_download_kwargs") or {})
+            held, name = frame.f_locals, frame.f_locals["adapter_name"]
+            hub = dict(held.get("hf_hub_download_kwargs") or {})
+            return name, caller.peft_config[name], os.fspath(held["model_id"]), hub
     return None
+
+
+def active_adapters(model: nn.Module) -> dict[str, Any]:
+    """The adapters that take part in a model's calls, by whomever they were put there.
+
+    transformers' own method for this asks for newer releases of PEFT than those around whose models it stands.
+
+    Args:
+        model: A `PeftModel`, or a transformers model, which PEFT lets know what is injected into it.
+
+    Returns:
+        PEFT's configuration of each, by name; nothing where they are switched off.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping):
+        return {}
+    kind = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
+    layer: Any = next((module for module in model.modules() if isinstance(module, kind)), None)
+    if layer is not None:  # all layers know the same
+        names = [] if layer.disable_adapters else layer.active_adapters
+    else:  # prompts and the like, which are of the `PeftModel` alone
+        names = getattr(model, "active_adapter", None)
+    names = [names] if isinstance(names, str) else names if isinstance(names, list) else []
+    return {name: configs[name] for name in names if name in configs}
 
 
 def _is_trainer(caller: Any) -> bool:

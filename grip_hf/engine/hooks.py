@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class Boundary:
         tapped: True if the selector taps the vision tower.
         tower: the part of the patch that drops rows within the vision tower, if any.
         encodes_once: True if pictures may be encoded once for several calls of `generate`.
+        before_choice: runs before tokens are chosen.
     """
 
     parts: Parts
@@ -71,6 +73,7 @@ class Boundary:
     tapped: bool = False
     tower: Any = None
     encodes_once: bool = False
+    before_choice: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.base_parameters = upstream.parameters(self.parts.base)

@@ -412,3 +412,8 @@ def without_slicing(arguments: dict[str, Any]) -> dict[str, Any]:
     Whoever asked for the last logits only takes them off the whole.
     """
     return {name: value for name, value in arguments.items() if name != "logits_to_keep"}
+
+
+def saves_adapters_alone(model: Any) -> bool:
+    """Whether `save_pretrained` of a transformers model writes the adapters that it was given, and nothing else."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
-from torch import nn
 
 from ..config import GripConfig
+from ..engine.callers import active_adapters
 from ..errors import ConfigError, ScorerError
 from .download import CONFIG_FILE, SUBFOLDER, fetch
 
@@ -37,12 +37,26 @@ class AdapterPart:
         settings: The settings of the patch.
         scorer: Fingerprint of the scorer, if one chose.
         place: Its folder or Hub id, and where on the Hub to look; None if PEFT alone has loaded it, which forgets it.
+        config: PEFT's configuration of it, by which it is known again.
     """
 
     name: str
     settings: GripConfig
     scorer: str | None
     place: tuple[str, dict[str, Any]] | None = None
+    config: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+    def beside(self) -> str | None:
+        """The folder with the part that lies beside it, if the patch saw where it came from."""
+        if self.place is None:
+            return None
+        source, hub = self.place
+        if os.path.isdir(source):
+            found: Path | None = Path(source, hub.get("subfolder") or "", SUBFOLDER)
+        else:
+            inside = "/".join(part for part in (hub.get("subfolder"), SUBFOLDER) if part)
+            found = fetch(source, subfolder=inside, **{name: hub[name] for name in PLACES if name in hub})
+        return str(found) if found is not None and (found / CONFIG_FILE).is_file() else None
 
     def folder(self, base_folder: str | None) -> str:
         """Where its scorer lies.
@@ -53,15 +67,9 @@ class AdapterPart:
         Raises:
             ScorerError: It is not found.
         """
-        if self.place is not None:
-            source, hub = self.place
-            if os.path.isdir(source):
-                found: Path | None = Path(source, hub.get("subfolder") or "", SUBFOLDER)
-            else:
-                inside = "/".join(part for part in (hub.get("subfolder"), SUBFOLDER) if part)
-                found = fetch(source, subfolder=inside, **{name: hub[name] for name in PLACES if name in hub})
-            if found is not None and (found / CONFIG_FILE).is_file():
-                return str(found)
+        found = self.beside()
+        if found is not None:
+            return found
         if base_folder is not None and fingerprint_of(Path(base_folder)) == self.scorer:
             return base_folder
         raise ScorerError(
@@ -71,7 +79,7 @@ class AdapterPart:
 
 
 def part_of(model: Any) -> AdapterPart | None:
-    """What the active adapter of a model was trained with.
+    """What the active adapter of a model was trained with; of several, the first that was trained with pruning.
 
     Args:
         model: A `PeftModel`, or a transformers model that was given adapters.
@@ -79,18 +87,22 @@ def part_of(model: Any) -> AdapterPart | None:
     Returns:
         None if there is no adapter, or it was trained without pruning.
     """
-    configs, active = getattr(model, "peft_config", None), getattr(model, "active_adapters", None)
-    names = active() if callable(active) and isinstance(configs, Mapping) and configs else active
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    handle = vars(owner).get("grip") if isinstance(owner, nn.Module) else None
-    known: Mapping[str, AdapterPart] = getattr(handle, "adapters", {})
-    if not isinstance(names, list) or not isinstance(configs, Mapping):
-        return None
-    for name in names:
-        found = known.get(name) or read_part(name, getattr(configs.get(name), KEPT_BY_PEFT, None))
-        if found is not None:
-            return found
-    return None
+    known = getattr(vars(owner).get("grip"), "adapters", {})
+    found = (part_named(name, config, known) for name, config in active_adapters(model).items())
+    return next((part for part in found if part is not None), None)
+
+
+def part_named(name: str, config: Any, known: Mapping[str, AdapterPart]) -> AdapterPart | None:
+    """What one adapter was trained with; None if it was without pruning.
+
+    Args:
+        name: The adapter.
+        config: PEFT's configuration of it.
+        known: What is known of those whose loading the patch saw; another one may have got its name since.
+    """
+    part = known.get(name)
+    return part if part is not None and part.config is config else read_part(name, config)
 
 
 def facts_of(handle: Any) -> dict[str, Any] | None:
@@ -128,18 +140,27 @@ def stored(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def read_part(name: str, kept: Any, place: tuple[str, dict[str, Any]] | None = None) -> AdapterPart | None:
+def read_part(
+    name: str, config: Any, told: Any = None, place: tuple[str, dict[str, Any]] | None = None
+) -> AdapterPart | None:
     """The part that an adapter's configuration tells of.
+
+    Args:
+        name: The adapter.
+        config: PEFT's configuration of it.
+        told: Its file, where that is known; a configuration may be the user's own.
+        place: Where the file lies.
 
     Raises:
         ConfigError: It tells of one that is damaged.
     """
+    kept = getattr(config, KEPT_BY_PEFT, None) if told is None else told.get(KEPT_BY_PEFT)
     facts = kept.get(OURS) if isinstance(kept, Mapping) else None
     if facts is None:
         return None
     if not isinstance(facts, Mapping):
         raise ConfigError(f"{ADAPTER_FILE} of the adapter {name!r}: {OURS!r} must be a dict, got {facts!r}")
-    return AdapterPart(name, GripConfig.from_dict(facts.get("settings") or {}), facts.get("scorer"), place)
+    return AdapterPart(name, GripConfig.from_dict(facts.get("settings") or {}), facts.get("scorer"), place, config)
 
 
 def warn_if_it_differs(part: AdapterPart, handle: Any) -> None:

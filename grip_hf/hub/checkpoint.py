@@ -6,6 +6,9 @@ import os
 from typing import Any
 
 from ..engine.methods import InstanceMethod
+from ..engine.upstream import saves_adapters_alone
+from .adapter_part import ADAPTER_FILE, facts_of
+from .adapters import tell
 from .download import CONFIG_FILE, SUBFOLDER, fetch, is_repo_id
 
 __all__ = ["CONFIG_FILE", "SUBFOLDER", "SaveWithGrip", "attached_folder", "came_from"]
@@ -52,25 +55,28 @@ class SaveWithGrip(InstanceMethod):
         given = self.__signature__.bind(*args, **kwargs).arguments
         result = self.own(*args, **kwargs)
         if given.get("is_main_process", True):
-            folder = os.path.join(given["save_directory"], SUBFOLDER)
+            folder = given["save_directory"]
             extra = given.get("kwargs", {})
-            if self.handle.save_part(folder) and given.get("push_to_hub"):
-                self._upload(folder, given["save_directory"], {"token": given.get("token"), **extra})
+            if self.handle.save_part(os.path.join(folder, SUBFOLDER)):
+                if saves_adapters_alone(self.module):
+                    tell(folder, type(self.module), facts_of(self.handle))
+                if given.get("push_to_hub"):
+                    self._upload(folder, {"token": given.get("token"), **extra})
         return result
 
-    def _upload(self, folder: str, directory: Any, options: dict[str, Any]) -> None:
+    def _upload(self, folder: Any, options: dict[str, Any]) -> None:
         """Upload the part after the rest, which `save_pretrained(push_to_hub=True)` has uploaded by itself."""
         from huggingface_hub import HfApi
 
         from .download import hub_errors
 
-        name = options.get("repo_id") or os.path.basename(os.path.normpath(directory))
+        name = options.get("repo_id") or os.path.basename(os.path.normpath(folder))
         with hub_errors(f"upload the GRIP part to {name!r}"):
             api = HfApi(token=options.get("token"))
             api.upload_folder(
                 repo_id=api.create_repo(name, exist_ok=True).repo_id,
                 folder_path=folder,
-                path_in_repo=SUBFOLDER,
+                allow_patterns=[f"{SUBFOLDER}/*", ADAPTER_FILE],
                 revision=options.get("revision"),
                 create_pr=options.get("create_pr", False),
                 commit_message="Upload the GRIP part",

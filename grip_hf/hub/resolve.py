@@ -121,7 +121,7 @@ def _attached(
 ) -> tuple[GripConfig | None, nn.Module | None, str | None]:
     """Settings, scorer and folder of what came with the active adapter, or with the model's checkpoint."""
     if adapter is not None and adapter.scorer is None and given is None:
-        return adapter.settings, None, None
+        return adapter.settings, None, adapter.beside()
     attached = attached_folder(parts.owner, **hub)
     if adapter is not None and adapter.scorer is not None:
         attached = adapter.folder(attached)

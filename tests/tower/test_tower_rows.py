@@ -51,6 +51,16 @@ def test_packed_pictures_are_told_by_their_grid():
     assert places.rows[:, 0].tolist() == [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19]]
 
 
+def test_windows_have_the_pixels_and_centres_of_their_order():
+    """4 x 3 groups in windows of 2 x 2; the right-hand ones are cut."""
+    places = packed_places(torch.tensor([(1, 8, 6)]), 2, 2, CPU)
+    order = [0, 1, 3, 4, 2, 5, 6, 7, 9, 10, 8, 11]
+    assert places.rows[0].flatten().tolist() == list(range(48))
+    assert places.pixels[0].tolist() == [[4 * group + within for within in range(4)] for group in order]
+    centres = [[(group // 3 + 0.5) / 4, (group % 3 + 0.5) / 3] for group in order]
+    torch.testing.assert_close(places.positions[0], torch.tensor(centres))
+
+
 def test_the_best_groups_stay_and_the_prefix():
     places = square_places(2, 5, 1, 1, None, CPU)
     plan = choose(torch.tensor([[0.0, 3, 1, 2], [4.0, 1, 2, 3]]), places, torch.tensor([2, 2]), 5, packed=False)
