@@ -1,7 +1,7 @@
 """A `forward` that somebody put on the model, its class or its modules, as liger-kernel does, bypasses no hook.
 
-liger-kernel's own functions (0.8.5) pass the same check, with its Triton kernels replaced by torch, on transformers
-5.16 and 5.19; on 5.24 most of them do not run, without a patch either.
+liger-kernel's own functions (0.8.5), with torch in place of its Triton kernels, once passed the same check for eleven
+families on transformers 5.16 and for `llava` and three of Qwen's on 5.19; many of them do not run on 5.24.
 """
 
 import types
