@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import DatasetError
 from ..files import make_folder, write_whole
 
-ROWS_AT_ONCE = 32  # in memory; they hold the bytes of their pictures
-BUFFER = 100  # rows that wait to be drawn at random, also in memory; each may hold its whole group of a file there
+BLOCK = 128  # rows in memory at a time, with the bytes of their pictures; rows are shuffled within a block
 
 
 def rows_as_they_come(stream: Any, limit: int, seed: int | None, told: Any, folder: Path | None = None) -> Any:
@@ -26,7 +27,7 @@ def rows_as_they_come(stream: Any, limit: int, seed: int | None, told: Any, fold
     Args:
         stream: A `datasets.IterableDataset`.
         limit: How many rows.
-        seed: Shuffles the stream's files, and its rows within a buffer; None takes them from the start.
+        seed: Shuffles the stream's files, and its rows within blocks of 128; None takes them from the start.
         told: What tells this stream from others, such as its name and split.
         folder: Where the file goes; None takes a folder in the cache of `datasets`.
 
@@ -46,16 +47,15 @@ def rows_as_they_come(stream: Any, limit: int, seed: int | None, told: Any, fold
     path = place / f"{key}.arrow"
     if not path.is_file():
         make_folder(place)
-        shuffled = stream if seed is None else stream.shuffle(seed=seed, buffer_size=BUFFER)
-        write_whole(path, partial(_write, shuffled, limit))
+        write_whole(path, partial(_write, stream, limit, seed))
     return Dataset.from_file(str(path))
 
 
-def _write(stream: Any, limit: int, path: Path) -> None:
+def _write(stream: Any, limit: int, seed: int | None, path: Path) -> None:
     from datasets.arrow_writer import ArrowWriter
     from datasets.table import embed_table_storage
 
-    tables = _tables(stream, limit)
+    tables = _tables(stream, limit, seed)
     first = next(tables, None)
     if first is None:
         raise DatasetError("the dataset has no rows")
@@ -65,10 +65,16 @@ def _write(stream: Any, limit: int, path: Path) -> None:
         writer.finalize()
 
 
-def _tables(stream: Any, limit: int) -> Iterator[Any]:
+def _tables(stream: Any, limit: int, seed: int | None) -> Iterator[Any]:
     left = limit
-    for table in stream.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
-        yield table.slice(0, left)
+    if seed is not None:
+        # Upstream draws from several shards at once, which are whole files unless it is asked for groups of rows. It
+        # gets no buffer of its own, in which a row would hold the whole group that it came from.
+        stream, order = stream.reshard().shuffle(seed=seed, buffer_size=1), np.random.default_rng(seed)
+    for table in stream.with_format("arrow").iter(batch_size=min(BLOCK, limit)):
+        # Taken and not sliced: copies hold nothing but themselves.
+        rows = np.arange(table.num_rows) if seed is None else order.permutation(table.num_rows)
+        yield table.take(rows).slice(0, left)
         left -= min(left, table.num_rows)
         if not left:
             return

@@ -4,13 +4,15 @@ import itertools
 import json
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import pytest
 from classroom import picture
 from PIL import Image
 
 from grip_hf.errors import DatasetError, FileError
 from grip_hf.frozen.sources import load_rows
-from grip_hf.frozen.streaming import BUFFER, ROWS_AT_ONCE, rows_as_they_come
+from grip_hf.frozen.streaming import BLOCK, _tables, rows_as_they_come
 
 COUNT = 40
 
@@ -80,10 +82,27 @@ def test_no_more_than_is_wanted_and_once(tmp_path, seed):
     read = []
     stream = datasets.IterableDataset.from_generator(lambda: endless(read))
     found = rows_as_they_come(stream, 70, seed, "endless", tmp_path)
-    assert len(found) == 70 and len(read) <= 70 + ROWS_AT_ONCE + (0 if seed is None else BUFFER)
+    assert len(found) == 70 and len(read) <= 70 + BLOCK
     seen = len(read)
     assert rows_as_they_come(stream, 70, seed, "endless", tmp_path)[:] == found[:] and len(read) == seen
     assert len(rows_as_they_come(stream, 71, seed, "endless", tmp_path)) == 71 and len(read) > seen
+
+
+def test_memory_holds_neither_files_nor_groups_that_were_left(tmp_path):
+    """What Arrow holds while rows are read, of twelve files of 3 MB each, in groups of 10 rows."""
+    noise = np.random.default_rng(0)
+    pictures = [{"bytes": noise.bytes(30_000), "path": None} for _ in range(100)]
+    features = datasets.Features({"image": datasets.Image(), "prompt": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict({"image": pictures, "prompt": ["p"] * 100}, features=features)
+    for number in range(12):
+        rows.to_parquet(str(tmp_path / f"{number}.parquet"), batch_size=10)
+    stream = datasets.load_dataset(str(tmp_path), split="train", streaming=True)
+    before, most, seen = pa.total_allocated_bytes(), 0, 0
+    for table in _tables(stream, 1000, 0):
+        most, seen = max(most, pa.total_allocated_bytes() - before), seen + table.num_rows
+    assert seen == 1000
+    groups = 10 * 10 + 2 * BLOCK  # ten groups that rows are drawn from, the block and its copy
+    assert most < 1.3 * groups * 30_000
 
 
 def test_what_breaks_off_leaves_nothing(tmp_path):
