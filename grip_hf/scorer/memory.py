@@ -1,8 +1,9 @@
 """Scores that change while tokens are picked: what is kept already speaks for or against those that are left.
 
 Every token has two short vectors: what it gives to the memory of the kept ones once it is picked, and what it takes
-from that memory before. Its score at any moment is its own plus what it takes of the sum of what was given, so that a
+from that memory before. Its score at any moment is its own plus what it takes of the mean of what was given, so that a
 pick costs one small matrix-vector product, and the chance of a whole sequence of picks is still exact, pick by pick.
+The mean, since a sum grows with the budget: trained on sums, such a scorer soon kept the wrong tokens.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def scores_before_picks(rated: Rated, picks: Tensor) -> Tensor:
     if rated.give is None or rated.take is None:
         return rated.scores[:, None].expand(-1, picks.shape[1], -1)
     given = rated.give.gather(1, picks[..., None].expand(-1, -1, rated.give.shape[-1]))
-    memory = given.cumsum(1) - given
+    before = torch.arange(picks.shape[1], device=picks.device).clamp(min=1)
+    memory = (given.cumsum(1) - given) / before[:, None]
     return rated.scores[:, None] + memory @ rated.take.transpose(1, 2)
 
 
@@ -89,6 +91,7 @@ def pick_in_turn(rated: Rated, mask: Tensor, budgets: Tensor, noise: Tensor | No
     width = int(wanted.max()) if wanted.numel() else 0
     picks = wanted.new_full((len(mask), width), -1)
     scores, left = rated.scores, mask.clone()
+    given = None if rated.give is None else torch.zeros_like(rated.give[:, 0])
     rows = torch.arange(len(mask), device=mask.device)
     for step in range(width):
         active = step < wanted
@@ -96,9 +99,10 @@ def pick_in_turn(rated: Rated, mask: Tensor, budgets: Tensor, noise: Tensor | No
         pick = noisy.masked_fill(~left, -torch.inf).argmax(1)
         picks[:, step] = torch.where(active, pick, -1)
         left[rows, pick] &= ~active
-        if rated.give is not None and rated.take is not None:
-            change = (rated.take @ rated.give[rows, pick][..., None]).squeeze(-1)
-            scores = torch.where(active[:, None], scores + change, scores)
+        if given is not None and rated.give is not None and rated.take is not None:
+            given = given + rated.give[rows, pick]
+            change = (rated.take @ given[..., None] / (step + 1)).squeeze(-1)
+            scores = torch.where(active[:, None], rated.scores + change, scores)
     return picks, scores
 
 

@@ -28,7 +28,8 @@ def score_of(one, row, token, kept):
     """The score of a token after some were kept, number by number."""
     value = float(one.scores[row, token])
     for other in kept:
-        value += sum(float(one.give[row, other, k]) * float(one.take[row, token, k]) for k in range(one.give.shape[2]))
+        shared = zip(one.give[row, other].tolist(), one.take[row, token].tolist(), strict=True)
+        value += sum(give * take for give, take in shared) / len(kept)
     return value
 
 
