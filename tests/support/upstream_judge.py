@@ -27,7 +27,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tiny import IMAGE, TINY, make_inputs
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, set_seed
 
 from grip_hf import apply_grip
 from grip_hf.engine import hooks, upstream
@@ -150,10 +150,15 @@ class Outcomes(unittest.TestResult):
 
 
 def run(cases, wanted):
-    """Outcomes of the tests whose names are wanted."""
+    """Outcomes of the tests whose names are wanted; each draws the same numbers whenever it runs."""
     outcomes, loader = Outcomes(), unittest.TestLoader()
+    drawn_from = importlib.import_module(f"tests.{COMMON}").global_rng
     for case in cases:
-        unittest.TestSuite(case(name) for name in loader.getTestCaseNames(case) if wanted(name)).run(outcomes)
+        for name in loader.getTestCaseNames(case):
+            if wanted(name):
+                set_seed(0)
+                drawn_from.seed(0)
+                unittest.TestSuite([case(name)]).run(outcomes)
     return outcomes.by_name
 
 
