@@ -7,14 +7,17 @@ rewards in a differentiable form: KL(full || pruned) on the answer's positions m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..engine.keepsets import topk_mask
-from ..frozen.samples import answer_ids
+from ..frozen.samples import Sample, answer_ids
 from ..frozen.store import compare
+from ..frozen.vlm import FrozenVLM
 from .checks import check_settings
 from .policy import score_groups
 from .supervised import StoreTrainer
@@ -91,6 +94,26 @@ def gated_mask(attention_mask: Tensor, visual: Tensor, gates: Tensor, real: Tens
     return (weight.clamp(min=0) + UNSEEN).log()[:, None].masked_fill(~seen, torch.finfo(dtype).min)[:, None].to(dtype)
 
 
+def gated_logits(vlm: FrozenVLM, samples: Sequence[Sample], gates: Tensor, real: Tensor) -> Tensor:
+    """[B, A, V] logits at the answers' positions of a frozen model that sees each visual token as its gate says.
+
+    Args:
+        vlm: The model.
+        samples: What it is asked.
+        gates: [B, N], one per visual token in order.
+        real: [B, N] bool, False at the padding of `gates`.
+    """
+
+    def choose(inputs: dict[str, Tensor]) -> Tensor:
+        visual = vlm.visual_mask(inputs["input_ids"])
+        return gated_mask(inputs["attention_mask"], visual, gates, real, vlm.model.dtype)
+
+    # The plain kernel: in torch 2.14 the fused one for CPUs gives the mask no gradient, without a word.
+    with sdpa_kernel(SDPBackend.MATH):
+        logits: Tensor = vlm.run(samples, attention_mask=choose).logits
+    return logits
+
+
 class RelaxedTrainer(StoreTrainer):
     """Trains a scorer through a relaxed choice.
 
@@ -135,12 +158,7 @@ class RelaxedTrainer(StoreTrainer):
         scores, mask, budgets = (value.repeat(self.draws, *[1] * (value.ndim - 1)) for value in repeat.values())
         gates = straight_through(scores, mask, budgets, self.temperature, soft_gates=self.soft_gates)
         vlm = self.store.vlm
-
-        def choose(inputs: dict[str, Tensor]) -> Tensor:
-            visual = vlm.visual_mask(inputs["input_ids"])
-            return gated_mask(inputs["attention_mask"], visual, gates, mask, vlm.model.dtype)
-
-        logs = vlm.run(samples, attention_mask=choose).logits.float().log_softmax(-1)
+        logs = gated_logits(vlm, samples, gates, mask).float().log_softmax(-1)
         verdict = compare(vlm.full_log_probs(samples), logs, *answer_ids(samples))
         probability = verdict.log_prob.exp()
         self.report(kl=verdict.kl.mean().item(), correct=verdict.correct.float().mean().item())

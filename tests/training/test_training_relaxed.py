@@ -8,7 +8,7 @@ from grip_hf.frozen.data import DatasetExamples
 from grip_hf.frozen.store import SampleStore
 from grip_hf.frozen.vlm import FrozenVLM
 from grip_hf.training.policy import score_groups
-from grip_hf.training.relaxed import RelaxedTrainer, gated_mask, soft_topk, straight_through
+from grip_hf.training.relaxed import RelaxedTrainer, gated_logits, soft_topk, straight_through
 from grip_hf.training.supervised import training_arguments
 
 pytestmark = TRAINING
@@ -84,12 +84,8 @@ def test_hard_gates_equal_pruning(store):
     keep = torch.stack([torch.rand(TOKENS).argsort() < count for count in (2, 5, 11)])
     real = torch.ones_like(keep)
 
-    def choose(batch):
-        visual = store.vlm.visual_mask(batch["input_ids"])
-        return gated_mask(batch["attention_mask"], visual, keep.float(), real, torch.float32)
-
     with torch.no_grad():
-        gated = store.vlm.run(samples, attention_mask=choose).logits.log_softmax(-1)
+        gated = gated_logits(store.vlm, samples, keep.float(), real).log_softmax(-1)
         pruned = store.vlm.run(samples, list(keep)).logits.log_softmax(-1)
     for row, sample in enumerate(samples):
         count = len(sample.answer)
@@ -104,11 +100,7 @@ def test_gradients_tell_what_a_dropped_token_would_do(store):
     real = torch.ones_like(gates).bool()
 
     def told(values):
-        def choose(batch):
-            visual = store.vlm.visual_mask(batch["input_ids"])
-            return gated_mask(batch["attention_mask"], visual, values, real, torch.float32)
-
-        return store.vlm.run(samples, attention_mask=choose).logits.log_softmax(-1)[0, -2, samples[0].answer[0]]
+        return gated_logits(store.vlm, samples, values, real).log_softmax(-1)[0, -2, samples[0].answer[0]]
 
     gates.requires_grad_()
     (slope,) = torch.autograd.grad(told(gates), gates)
