@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..engine.keepsets import topk_mask
 from ..frozen.samples import Sample, answer_ids
@@ -91,7 +90,9 @@ def gated_mask(attention_mask: Tensor, visual: Tensor, gates: Tensor, real: Tens
     causal = torch.ones(length, length, dtype=torch.bool, device=visual.device).tril()
     # A row of padding sees itself, so that no softmax is over nothing.
     seen = (causal & (attention_mask != 0)[:, None]) | torch.eye(length, dtype=torch.bool, device=visual.device)
-    return (weight.clamp(min=0) + UNSEEN).log()[:, None].masked_fill(~seen, torch.finfo(dtype).min)[:, None].to(dtype)
+    # Rounding may leave a little less than 0. Outside the gradient, which `clamp` gives none at 0 since torch 2.14.
+    weight = weight + (weight.clamp(min=0) - weight).detach()
+    return (weight + UNSEEN).log()[:, None].masked_fill(~seen, torch.finfo(dtype).min)[:, None].to(dtype)
 
 
 def gated_logits(vlm: FrozenVLM, samples: Sequence[Sample], gates: Tensor, real: Tensor) -> Tensor:
@@ -108,9 +109,7 @@ def gated_logits(vlm: FrozenVLM, samples: Sequence[Sample], gates: Tensor, real:
         visual = vlm.visual_mask(inputs["input_ids"])
         return gated_mask(inputs["attention_mask"], visual, gates, real, vlm.model.dtype)
 
-    # The plain kernel: in torch 2.14 the fused one for CPUs gives the mask no gradient, without a word.
-    with sdpa_kernel(SDPBackend.MATH):
-        logits: Tensor = vlm.run(samples, attention_mask=choose).logits
+    logits: Tensor = vlm.run(samples, attention_mask=choose).logits
     return logits
 
 
