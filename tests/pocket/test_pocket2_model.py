@@ -72,10 +72,10 @@ def test_its_scorer_comes_with_it(pocket2):
 
 @TRAINING
 def test_its_scorer_answers_more_than_the_rules_that_need_none_of_its_inside(pocket2):
-    """At 5 %, on 66 held-out questions, against the selector that would choose without it."""
+    """At 11 %, on 66 held-out questions, against the selector that would choose without it."""
     chosen, _ = choose_selectors(pocket2[0], ["grip", "cdpruner"], testbed="pocket2")
     examples = pocket_examples(66, seed=4, testbed="pocket2")
-    found = evaluate(*pocket2, examples, chosen, [0.05], batch_size=33, progress=False).rows
+    found = evaluate(*pocket2, examples, chosen, [0.11], batch_size=33, progress=False).rows
     means = {row["selector"]: row["accuracy"] for row in found if row["task"] == MEAN}
     assert means["grip"] > means["cdpruner"] + 0.05
 
