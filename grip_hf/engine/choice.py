@@ -62,7 +62,7 @@ def choose(context: CallContext, call: Call) -> Choice | None:
     alive = None if boundary.tower is None else boundary.tower.survivors(context, call, budget)
     if (budget.everything or budget.keep_ratio == 1) and alive is None:
         return None
-    if boundary.before_choice is not None:
+    if boundary.before_choice is not None and upstream.has_adapters(boundary.parts.owner):
         boundary.before_choice()
     _refuse_split_picture(call)
     question = read_question(context, call.visual, call.real, first=call.past_logical == 0)

@@ -60,7 +60,7 @@ class Boundary:
         tapped: True if the selector taps the vision tower.
         tower: the part of the patch that drops rows within the vision tower, if any.
         encodes_once: True if pictures may be encoded once for several calls of `generate`.
-        before_choice: runs before tokens are chosen.
+        before_choice: runs before tokens are chosen, where the model has adapters.
     """
 
     parts: Parts

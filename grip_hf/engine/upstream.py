@@ -414,6 +414,11 @@ def without_slicing(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name != "logits_to_keep"}
 
 
+def has_adapters(model: Any) -> bool:
+    """Whether adapters were put into a transformers model, by PEFT or by its own method."""
+    return hasattr(model, "peft_config")
+
+
 def saves_adapters_alone(model: Any) -> bool:
     """Whether `save_pretrained` of a transformers model writes the adapters that it was given, and nothing else."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
