@@ -80,7 +80,50 @@ def image_folder(folder, data):
     return folder
 
 
-FORMS = {"LLaVA": llava, "messages": messages, "questions": questions, "folder": image_folder}
+def completions(folder, data):
+    lines = []
+    for i, row in enumerate(data):
+        row["image"].save(folder / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "prompt": row["prompt"], "completion": row["answer"]}))
+    place = folder / "rows.jsonl"
+    place.write_text("\n".join(lines))
+    return place
+
+
+def preferences(folder, data):
+    turn = {"role": Value("string"), "content": Value("string")}
+    columns = {
+        "images": [[row["image"]] for row in data],
+        "prompt": [[{"role": "user", "content": row["prompt"]}] for row in data],
+        "chosen": [[{"role": "assistant", "content": row["answer"]}] for row in data],
+        "rejected": [[{"role": "assistant", "content": "else"}] for _ in data],
+    }
+    kinds = {"images": [ImageColumn()], "prompt": [turn], "chosen": [turn], "rejected": [turn]}
+    Dataset.from_dict(columns, features=Features(kinds)).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def parts(folder, data):
+    rows = []
+    for i, row in enumerate(data):
+        row["image"].save(folder / f"{i}.png")
+        asked = [{"type": "image", "image": f"{i}.png"}, {"type": "text", "text": row["prompt"]}]
+        told = [{"type": "text", "text": row["answer"]}]
+        rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]})
+    place = folder / "rows.json"
+    place.write_text(json.dumps(rows))
+    return place
+
+
+FORMS = {
+    "LLaVA": llava,
+    "messages": messages,
+    "questions": questions,
+    "folder": image_folder,
+    "completions": completions,
+    "preferences": preferences,
+    "parts": parts,
+}
 
 
 def killed_while(words, sign, **kwargs):
