@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from versions import TRAINING
 
 from grip_hf import apply_grip, remove_grip
 from grip_hf.calibration.chooser import Chooser
@@ -14,6 +15,7 @@ from grip_hf.pocket.examples import OnePerScene
 HALF = {"tower_keep_ratio": 0.5, "tower_selector": "distance"}
 
 
+@TRAINING
 @pytest.mark.usefixtures("no_grad")
 def test_looks_are_observed_with_the_tower_that_they_will_have(tmp_path):
     (model, processor), examples, budgets = load_pocket_llava(), OnePerScene(2, 4), (3, 24, 90, 1.0)

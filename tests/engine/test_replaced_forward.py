@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import IMAGE, TINY, build, make_inputs
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from versions import before
 
 from grip_hf import apply_grip
 
@@ -66,6 +67,14 @@ def test_the_loss_is_that_without_it(family, put, monkeypatch):
     inputs = make_inputs(family, ASKED)
     labels = inputs["input_ids"].clone()
     labels[:, :-ANSWER] = -100
+    if family == "paligemma2" and before("5.24"):  # there the mask hangs on labels, which such a forward keeps back
+        losses = [build(family).train()(**inputs, labels=labels).loss.detach()]
+        with monkeypatch.context() as patched:
+            model = build(family)
+            put(model, patched)
+            losses.append(model.train()(**inputs, labels=labels).loss.detach())
+        assert not torch.allclose(*losses), "the unpatched model does so no more"
+        return
     plain = apply_grip(build(family), num_tokens=3, selector=by_words)
     loss, gradient, kept = step(plain, inputs, labels, bypassed=False)
     with torch.no_grad():
