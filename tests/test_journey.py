@@ -41,14 +41,27 @@ def model_files(tmp_path_factory):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def llava(folder, data):
+def pictures(folder, data):
+    """The pictures as files; their names."""
     for i, row in enumerate(data):
         row["image"].save(folder / f"{i}.png")
+    return [f"{i}.png" for i in range(len(data))]
+
+
+def lines(place, rows):
+    """One row a line."""
+    place.write_text("\n".join(map(json.dumps, rows)))
+    return place
+
+
+def llava(folder, data):
+    names = pictures(folder, data)
     turns = [
         ({"from": "human", "value": f"<image>\n{r['prompt']}"}, {"from": "gpt", "value": r["answer"]}) for r in data
     ]
     place = folder / "llava.json"
-    place.write_text(json.dumps([{"image": f"{i}.png", "conversations": pair} for i, pair in enumerate(turns)]))
+    pairs = zip(names, turns, strict=True)
+    place.write_text(json.dumps([{"image": name, "conversations": pair} for name, pair in pairs]))
     return place
 
 
@@ -72,22 +85,15 @@ def questions(folder, data):
 
 
 def image_folder(folder, data):
-    lines = []
-    for i, row in enumerate(data):
-        row["image"].save(folder / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "prompt": row["prompt"]}))  # without answers
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    named = zip(pictures(folder, data), data, strict=True)
+    lines(folder / "metadata.jsonl", [{"file_name": name, "prompt": row["prompt"]} for name, row in named])
+    return folder  # without answers
 
 
 def completions(folder, data):
-    lines = []
-    for i, row in enumerate(data):
-        row["image"].save(folder / f"{i}.png")
-        lines.append(json.dumps({"image": f"{i}.png", "prompt": row["prompt"], "completion": row["answer"]}))
-    place = folder / "rows.jsonl"
-    place.write_text("\n".join(lines))
-    return place
+    named = zip(pictures(folder, data), data, strict=True)
+    rows = [{"image": name, "prompt": row["prompt"], "completion": row["answer"]} for name, row in named]
+    return lines(folder / "rows.jsonl", rows)
 
 
 def preferences(folder, data):
@@ -105,9 +111,8 @@ def preferences(folder, data):
 
 def parts(folder, data):
     rows = []
-    for i, row in enumerate(data):
-        row["image"].save(folder / f"{i}.png")
-        asked = [{"type": "image", "image": f"{i}.png"}, {"type": "text", "text": row["prompt"]}]
+    for name, row in zip(pictures(folder, data), data, strict=True):
+        asked = [{"type": "image", "image": name}, {"type": "text", "text": row["prompt"]}]
         told = [{"type": "text", "text": row["answer"]}]
         rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]})
     place = folder / "rows.json"

@@ -26,7 +26,7 @@ from .calibrate import SHARE, answered, best_fixed, same_answer
 from .chooser import Chooser
 from .features import Features
 from .ladder import Answered, Policy, certify, draw_up, outcome
-from .observe import FIELDS, Array, Observed, observe
+from .observe import FIELDS, Array, Observed, joined_tower, observe
 from .timing import Times, first_token
 
 app = typer.Typer(help=__doc__)
@@ -178,9 +178,7 @@ def joined(parts: Sequence[Observed]) -> Observed:
     if len(more) == len(parts):
         answers = np.concatenate([one.answers for one in more], axis=1)
         features = Features(answers, np.concatenate([one.rows_ for one in more]))
-    if all(one.encodings is not None for one in parts):
-        fields["vision"] = np.median(np.stack([one.vision for one in parts if one.vision is not None]), axis=0)
-        fields["encodings"] = np.stack([one.encodings for one in parts if one.encodings is not None]).max(0)
+    fields |= joined_tower([one.vision for one in parts], [one.encodings for one in parts])
     return Observed(parts[0].budgets, **fields, seconds=seconds, cut=any(one.cut for one in parts), features=features)
 
 

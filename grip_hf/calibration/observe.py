@@ -245,14 +245,13 @@ def _join(budgets: tuple[Budget, ...], batches: list[dict[str, Any]], most: int)
         seconds=np.median([one["seconds"] for one in batches], axis=0),
         features=Features.joined(batches) if batches[0]["samples"] is not None else None,
         cut=any(any(one["cut"]) for one in batches),
-        **_tower(batches),
+        **joined_tower([one["vision"] for one in batches], [one["encodings"] for one in batches]),
     )
 
 
-def _tower(batches: list[dict[str, Any]]) -> dict[str, Array]:
-    """What encoding takes and which looks share one, where rows leave the vision tower."""
-    if batches[0]["encodings"] is None:
+def joined_tower(visions: Sequence[Any], encodings: Sequence[Any]) -> dict[str, Array]:
+    """What encoding takes and which looks share one, of several observations; nothing where all rows stay."""
+    if any(one is None for one in encodings):
         return {}
-    vision = np.median([one["vision"] for one in batches], axis=0)
-    # Where batches differ, as pictures of unequal sizes do at a number of tokens: as many encodings as any needed.
-    return {"vision": vision, "encodings": np.max([one["encodings"] for one in batches], axis=0)}
+    # Where they differ, as pictures of unequal sizes do at a number of tokens: as many encodings as any needed.
+    return {"vision": np.median(visions, axis=0), "encodings": np.max(encodings, axis=0)}

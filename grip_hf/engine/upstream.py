@@ -58,6 +58,9 @@ ROUTER_LOGITS = "router_logits"
 # Where a decoder layer has its attention.
 ATTENTION = ("self_attn", "attention", "attn")
 
+# What says of a transformers model that its own `load_adapter` or `add_adapter` gave it some.
+ADAPTERS_LOADED = "_hf_peft_config_loaded"
+
 # Name of the attention implementation of a config.
 KERNEL = "_attn_implementation"
 attention_kernel = attrgetter(KERNEL)
@@ -420,5 +423,11 @@ def has_adapters(model: Any) -> bool:
 
 
 def saves_adapters_alone(model: Any) -> bool:
-    """Whether `save_pretrained` of a transformers model writes the adapters that it was given, and nothing else."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
+    """Whether `save_pretrained` of a transformers model writes the adapters that it was given, and nothing else.
+
+    Raises:
+        UnsupportedModelError: The model does not tell.
+    """
+    if not hasattr(model, ADAPTERS_LOADED):
+        raise unknown(f"{type(model).__name__} has no {ADAPTERS_LOADED!r}, which tells whether it was given adapters")
+    return bool(getattr(model, ADAPTERS_LOADED))

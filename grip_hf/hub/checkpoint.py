@@ -53,12 +53,13 @@ class SaveWithGrip(InstanceMethod):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Save the model, then its GRIP part; `push_to_hub=True` uploads both."""
         given = self.__signature__.bind(*args, **kwargs).arguments
+        adapters_alone = saves_adapters_alone(self.module)  # raises before anything is written
         result = self.own(*args, **kwargs)
         if given.get("is_main_process", True):
             folder = given["save_directory"]
             extra = given.get("kwargs", {})
             if self.handle.save_part(os.path.join(folder, SUBFOLDER)):
-                if saves_adapters_alone(self.module):
+                if adapters_alone:
                     tell(folder, type(self.module), facts_of(self.handle))
                 if given.get("push_to_hub"):
                     self._upload(folder, {"token": given.get("token"), **extra})

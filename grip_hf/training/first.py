@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from ..errors import ScorerError
@@ -41,12 +40,3 @@ def first_scorer(
     lacking, unknown = scorer.load_state_dict(given.state_dict(), strict=False)
     assert not unknown and all(name.startswith("memory.") for name in lacking)
     return scorer
-
-
-def digest(scorer: GripScorer) -> str:
-    """What tells the weights of a scorer from others."""
-    code = hashlib.sha256()
-    for name, weight in sorted(scorer.state_dict().items()):
-        code.update(name.encode())
-        code.update(weight.detach().float().cpu().numpy().tobytes())
-    return code.hexdigest()[:16]

@@ -15,10 +15,11 @@ from ..config import GripConfig
 from ..errors import ConfigError, GripError
 from ..files import make_folder
 from ..frozen.store import SampleStore
+from ..hub.adapter_part import fingerprint
 from ..hub.resolve import describe_base
 from ..scorer.model import GripScorer
 from .checkpoints import last_checkpoint, save_scorer, saving
-from .first import digest, first_scorer
+from .first import first_scorer
 from .grpo import make_grpo_trainer
 from .plan import TrainingPlan, keep_plan
 from .relaxed import RelaxedTrainer
@@ -54,7 +55,7 @@ def train_scorer(
     scorer = first_scorer(plan.start, plan.scorer, width, base, store.vlm.parts)
     with state.main_process_first():
         facts = {**plan.facts(), "model": {**base, "hidden_size": width}, "questions": len(store.examples)}
-        facts |= {} if plan.start is None else {"start": f"{plan.start} ({digest(scorer)})"}
+        facts |= {} if plan.start is None else {"start": f"{plan.start} ({fingerprint(scorer.state_dict())})"}
         keep_plan(plan.output, facts, write=state.is_main_process)
     nn.Module.to(scorer, store.vlm.device)
     todo = [name for name in stages if not finished(plan.output / name)]

@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from tiny import IMAGE, TINY, build, make_inputs
+from tiny import IMAGE, build, make_inputs
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from versions import before
 
@@ -62,8 +62,6 @@ def step(model, inputs, labels, bypassed):
 @pytest.mark.parametrize("put", [put_on_model, put_on_class])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_is_that_without_it(family, put, monkeypatch):
-    if family not in TINY:
-        pytest.skip("this transformers does not have it")
     inputs = make_inputs(family, ASKED)
     labels = inputs["input_ids"].clone()
     labels[:, :-ANSWER] = -100

@@ -4,10 +4,12 @@
 Nothing is skipped for it: `matrix.lacking` runs the unpatched model as a control, which must fail there.
 """
 
+import peft
 import pytest
 import transformers
 import trl
 from packaging.version import Version
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 RELEASE = Version(transformers.__version__)
 
@@ -43,6 +45,9 @@ FUSED = pytest.mark.skipif(Version(FUSED_SINCE) > Version(trl.__version__), reas
 # Before, TRL's SFTTrainer fails on pictures, patched or not, with a loss outside the model and with assistant-only
 # loss: 1.12 does so, 1.16 does not.
 SFT_OUTSIDE = Version(trl.__version__) >= Version("1.16")
+
+# Whether transformers itself saves adapters with the PEFT that is installed; 5.24 asks for one that is not out.
+SAVES_ADAPTERS = Version(peft.__version__) >= Version(MIN_PEFT_VERSION)
 
 EVERY = "every family"
 # Beams get each other's pictures if a prompt has several, or prompts have unequal numbers of them.
