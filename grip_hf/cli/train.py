@@ -27,7 +27,9 @@ def train_command(
     method: Annotated[str, typer.Option(help="After the warm-up: grpo, relaxed, or warmup for nothing.")] = "grpo",
     scorer: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of a scorer to go on from; the warm-up is left out then."),
+        typer.Option(
+            help="Folder or Hub id of a scorer to go on from, or grip for the model's own; without a warm-up then."
+        ),
     ] = None,
     warmup_steps: Annotated[
         int | None, typer.Option(min=0, help="Steps of the warm-up.", show_default="400, with --scorer 0")

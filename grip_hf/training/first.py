@@ -6,8 +6,11 @@ from typing import Any
 
 from ..errors import ScorerError
 from ..families.table import Parts
+from ..hub.checkpoint import attached_folder
 from ..hub.resolve import check_scorer
 from ..scorer.model import GripScorer, GripScorerConfig
+
+OWN = "grip"  # the scorer that a model came with, as in an evaluation
 
 
 def first_scorer(
@@ -16,7 +19,7 @@ def first_scorer(
     """Make the scorer that is trained.
 
     Args:
-        start: Folder or Hub id of a scorer to go on from, or None.
+        start: Folder or Hub id of a scorer to go on from, "grip" for the one that the model came with, or None.
         sizes: Of the scorer, as `GripScorerConfig` names them. A scorer to go on from brings its own; a memory may be
             added to it.
         width: Of the model's embeddings.
@@ -28,7 +31,10 @@ def first_scorer(
     """
     if start is None:
         return GripScorer(GripScorerConfig(hidden_size=width, base_model=base, **sizes))
-    given = GripScorer.from_pretrained(start)
+    folder = attached_folder(parts.owner) if start == OWN else start
+    if folder is None:
+        raise ScorerError(f"no scorer came with this model, so there is no {OWN!r} to go on from; give a folder")
+    given = GripScorer.from_pretrained(folder)
     check_scorer(parts, given)
     added = {name: value for name, value in sizes.items() if getattr(given.config, name) != value}
     if set(added) - {"memory_width"} or (added and given.config.memory_width):

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from versions import TRAINING
 
 from grip_hf.cli.app import app
+from grip_hf.evaluation.tasks import shipped_scorer
 from grip_hf.patch import apply_grip
 from grip_hf.scorer.model import GripScorer
 
@@ -158,6 +159,15 @@ def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
     assert not (tmp_path / "more" / "warmup").exists()
 
 
+@TRAINING
+def test_a_run_that_goes_on_from_the_models_own_scorer(command, tmp_path):
+    words = ["--pocket", "--scorer", "grip", "--steps", "0", "--rows", "18", "--eval-examples", "0", "--cpu"]
+    done = command("--output", tmp_path, *words)
+    assert done.exit_code == 0, done.output
+    found, shipped = GripScorer.from_pretrained(tmp_path).state_dict(), shipped_scorer("grip").state_dict()
+    assert found.keys() == shipped.keys() and all(torch.equal(found[name], shipped[name]) for name in found)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -192,6 +202,7 @@ def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
         (["--pocket", "--target", "magic"], "target must be one of"),
         (["--pocket", "--batch", "10"], "divisible by num_generations"),
         (["--pocket", "--report-to", "nowhere"], "nowhere is not supported"),
+        (["--pocket", "--pocket-model", "{model}", "--scorer", "grip", "--eval-examples", "0"], "no scorer came with"),
     ],
 )
 @TRAINING

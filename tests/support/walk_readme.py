@@ -40,7 +40,10 @@ def run(words):
     if reason := why_not(words, program, name):
         return reason, line
     changes = [word for word in words if "=" in word][: len(words) - len(rest) - 1]
-    made = ["env", *changes, program, *rest, *REDUCED.get(name, "").split()]
+    reduced = REDUCED.get(name, "").split()
+    if "--scorer" in words and "--width" in reduced:  # one to go on from has a width of its own
+        reduced = reduced[: reduced.index("--width")] + reduced[reduced.index("--width") + 2 :]
+    made = ["env", *changes, program, *rest, *reduced]
     subprocess.run(made, check=True)
     return "ran", line
 
