@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.keepsets import topk_mask
-from ..engine.upstream import attention_kernel
+from ..engine.received import received
 from ..errors import UnsupportedModelError
 from ..frozen.samples import Sample, answer_ids
 from ..frozen.vlm import FrozenVLM
@@ -62,18 +63,23 @@ def combined_importance(vlm: FrozenVLM, samples: Sequence[Sample]) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Watched:
-    """One pass over prompts with their answers: what entered the language model, where pictures are, what came out."""
+    """One pass over prompts with their answers: what entered the language model, where pictures are, what came out.
+
+    Attributes:
+        embeds: [B, L, D].
+        visual: [B, L] bool.
+        output: The model's.
+        weights: [B, A, L], attention of the positions that predict the answers, or None if nobody asked for it.
+    """
 
     embeds: Tensor
     visual: Tensor
     output: Any
+    weights: Tensor | None
 
 
 def _watch(vlm: FrozenVLM, samples: Sequence[Sample], gradient: bool = False, attention: bool = False) -> _Watched:
-    """Run the frozen model on samples.
-
-    Attention maps need the eager kernel, so the language model is switched to it meanwhile.
-    """
+    """Run the frozen model on samples, on its own attention kernel."""
     seen: dict[str, Tensor] = {}
 
     def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -84,17 +90,13 @@ def _watch(vlm: FrozenVLM, samples: Sequence[Sample], gradient: bool = False, at
         seen["visual"] = vlm.visual_mask(batch["input_ids"])
         return batch["attention_mask"]
 
-    language_model: Any = vlm.parts.language_model
-    before = attention_kernel(language_model.config)
-    if attention:
-        language_model.set_attn_implementation("eager")
-    try:
-        with torch.set_grad_enabled(gradient), language_model.register_forward_pre_hook(enter, with_kwargs=True):
-            output = vlm.run(samples, attention_mask=remember, output_attentions=attention)
-    finally:
-        if attention:
-            language_model.set_attn_implementation(before)
-    return _Watched(seen["embeds"], seen["visual"], output)
+    language_model, asking = vlm.parts.language_model, max(len(sample.answer) for sample in samples)
+    with contextlib.ExitStack() as around:
+        around.enter_context(torch.set_grad_enabled(gradient))
+        around.enter_context(language_model.register_forward_pre_hook(enter, with_kwargs=True))
+        given = around.enter_context(received(language_model, asking)) if attention else None
+        output = vlm.run(samples, attention_mask=remember)
+    return _Watched(seen["embeds"], seen["visual"], output, None if given is None else given.weights)
 
 
 def _gradient(vlm: FrozenVLM, samples: Sequence[Sample], watched: _Watched) -> Tensor:
@@ -111,15 +113,10 @@ def _gradient(vlm: FrozenVLM, samples: Sequence[Sample], watched: _Watched) -> T
     return _per_sample(effect, watched.visual)
 
 
-@torch.no_grad()
 def _attention(samples: Sequence[Sample], watched: _Watched) -> Tensor:
     _, mask = answer_ids(samples)
-    longest, weight = mask.shape[1], mask.float()
-    received = torch.zeros_like(watched.visual, dtype=torch.float32)
-    for layer in watched.output.attentions:  # [B, heads, L, L]; answers are predicted one position before they stand
-        asking = layer[:, :, -longest - 1 : -1].float().mean(1)
-        received += (asking * weight[..., None]).sum(1)
-    return _per_sample(received, watched.visual)
+    assert watched.weights is not None
+    return _per_sample((watched.weights * mask[..., None]).sum(1), watched.visual)
 
 
 def _per_sample(values: Tensor, visual: Tensor) -> Tensor:
