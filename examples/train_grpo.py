@@ -31,6 +31,7 @@ class GripArguments(ScriptArguments):
     budgets: list[float] = field(default_factory=lambda: [0.03, 0.6], metadata={"help": "Keep ratios, low and high."})
     rewards: list[str] = field(default_factory=lambda: ["closeness", "correctness"], metadata={"help": "Rewards."})
     warmup_steps_supervised: int = field(default=400, metadata={"help": "Steps of the supervised warm-up."})
+    layers: int = field(default=2, metadata={"help": "Layers of the scorer."})
     device_map: str | None = field(default=None, metadata={"help": "Device map of the model."})
 
 
@@ -49,7 +50,8 @@ def main(script: GripArguments, args: GRPOConfig, model: ModelConfig) -> None:
     store, budgets = training.SampleStore(vlm, examples), tuple(script.budgets)
 
     set_seed(args.seed)  # the trainers set it too, but after the scorer got its weights
-    scorer = training.GripScorer(training.GripScorerConfig(hidden_size=vlm.hidden_size)).to(vlm.device)
+    sizes = training.GripScorerConfig(hidden_size=vlm.hidden_size, num_layers=script.layers)
+    scorer = training.GripScorer(sizes).to(vlm.device)
     warmup = Path(args.output_dir) / "warmup"
     if (warmup / "scorer" / "model.safetensors").is_file():
         scorer = training.GripScorer.from_pretrained(warmup / "scorer").to(vlm.device)

@@ -25,6 +25,7 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--target", choices=["combined", "gradient", "attention"], default="combined")
     parser.add_argument("--width", type=int, default=256, help="width of the scorer")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the scorer")
     parser.add_argument("--quantize", choices=["4bit", "8bit"])
     parser.add_argument("--device-map", help="for a model that needs several devices")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -44,7 +45,7 @@ def main():
         method="warmup",
         warmup_steps=args.steps,
         target=args.target,
-        scorer={"width": args.width},
+        scorer={"width": args.width, "num_layers": args.layers},
         warmup_args={
             "per_device_train_batch_size": args.batch_size,
             "learning_rate": args.learning_rate,

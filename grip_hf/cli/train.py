@@ -44,6 +44,9 @@ def train_command(
     warmup_learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the warm-up.")] = 1e-3,
     budgets: Annotated[str, typer.Option(help="Smallest and largest keep ratio, separated by a comma.")] = "0.03,0.6",
     target: Annotated[str, typer.Option(help="Target of the warm-up: combined, gradient or attention.")] = "combined",
+    share_weight: Annotated[
+        float, typer.Option(help="Weight of the warm-up's second loss: scores that follow the importance.")
+    ] = 1.0,
     rewards: Annotated[
         str, typer.Option(help="Rewards: closeness, correctness, likelihood, ladder.")
     ] = "closeness,correctness",
@@ -58,7 +61,7 @@ def train_command(
     soft_gates: Annotated[bool, typer.Option(help="Let the relaxation see soft choices, not hard ones.")] = False,
     draws: Annotated[int, typer.Option(min=1, help="Keep-sets per example and step of the relaxation.")] = 1,
     width: Annotated[int | None, typer.Option(min=1, help="Width of the scorer.", show_default="256")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the scorer.", show_default="1")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the scorer.", show_default="2")] = None,
     memory_width: Annotated[
         int, typer.Option(min=0, help="Numbers by which kept tokens change the scores of the rest.")
     ] = 0,
@@ -126,9 +129,10 @@ def train_command(
             steps=steps,
             budgets=BudgetRange(*low_high),
             target=target,
+            share_weight=share_weight,
             seed=seed,
             save_every=save_steps,
-            scorer=_sizes(width, layers, memory_width, {} if scorer else {"width": 256, "num_layers": 1}),
+            scorer=_sizes(width, layers, memory_width, {} if scorer else {"width": 256, "num_layers": 2}),
             start=scorer,
             warmup_args={
                 **shared,

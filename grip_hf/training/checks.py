@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from ..errors import ConfigError
 
 POSITIVE = ("learning_rate", "temperature", "final_temperature")
-NOT_NEGATIVE = ("beta", "entropy_coef")
+NOT_NEGATIVE = ("beta", "entropy_coef", "share_weight")
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

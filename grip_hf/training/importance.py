@@ -53,12 +53,12 @@ def combined_importance(vlm: FrozenVLM, samples: Sequence[Sample]) -> Tensor:
         [B, N] float32, 0 at padding; rows sum to 1.
     """
     watched = _watch(vlm, samples, gradient=True, attention=True)
-    shares = _shares(_attention(samples, watched))
+    attention = shares(_attention(samples, watched))
     try:
-        return (shares + _shares(_gradient(vlm, samples, watched))) / 2
+        return (attention + shares(_gradient(vlm, samples, watched))) / 2
     except UnsupportedModelError as error:
         warnings.warn(f"the warm-up goes by attention alone: {error}", stacklevel=2)
-        return shares
+        return attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,8 @@ def _per_sample(values: Tensor, visual: Tensor) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _shares(values: Tensor) -> Tensor:
+def shares(values: Tensor) -> Tensor:
+    """Values [B, N] >= 0 as shares of their row's sum; rows of nothing stay zeros."""
     return values / values.sum(1, keepdim=True).clamp(min=1e-12)
 
 

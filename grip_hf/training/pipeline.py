@@ -116,6 +116,6 @@ def _trainer(
 ) -> Any:
     shared: dict[str, Any] = {"budgets": plan.budgets, "callbacks": callbacks}
     if name == "warmup":
-        return WarmupTrainer(scorer, store, args, target=plan.target, **shared)
+        return WarmupTrainer(scorer, store, args, target=plan.target, share_weight=plan.share_weight, **shared)
     make: Any = RelaxedTrainer if name == "relaxed" else make_grpo_trainer
     return make(scorer, store, args, **shared, **plan.options)

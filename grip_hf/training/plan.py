@@ -37,6 +37,7 @@ class TrainingPlan:
         steps: Steps of the method.
         budgets: Keep ratios to train on.
         target: Target of the warm-up.
+        share_weight: Weight of its second loss (see `WarmupTrainer`).
         seed: Of weights, order and draws.
         save_every: Steps between checkpoints.
         scorer: Sizes of the scorer that differ from the defaults.
@@ -57,6 +58,7 @@ class TrainingPlan:
     steps: int = 900
     budgets: BudgetRange = dataclasses.field(default_factory=BudgetRange)
     target: str = "combined"
+    share_weight: float = 1.0
     seed: int = 0
     save_every: int = 250
     scorer: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -78,7 +80,7 @@ class TrainingPlan:
             raise ConfigError(f"target must be one of {sorted(IMPORTANCES)}, got {self.target!r}")
         if self.method == "grpo":
             reward_functions(self.options.get("rewards", DEFAULT_REWARDS))
-        check_settings(self.options)
+        check_settings({**self.options, "share_weight": self.share_weight})
         if self.method == "relaxed" and self.scorer.get("memory_width"):
             raise ConfigError(
                 "method 'relaxed' picks all tokens at once: memory_width must be 0, "

@@ -2,7 +2,8 @@
 
 For each example and a budget drawn at random the target is a keep-set: the most important tokens, or important tokens
 that differ from each other, whichever the frozen model answers better with. Importance alone leaves whole objects out
-when all of them matter a little, as in counting.
+when all of them matter a little, as in counting. Beside the keep-set, the scores are to follow the importance itself,
+which says something of every token and not only on which side of one budget it lies.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from ..engine.keepsets import VisualBatch, topk_mask
 from ..errors import ConfigError
 from ..frozen.samples import Sample
-from .importance import IMPORTANCES, spread_out
+from .checks import check_settings
+from .importance import IMPORTANCES, shares, spread_out
 from .policy import score_groups
 from .supervised import StoreTrainer
 
@@ -39,23 +41,43 @@ def ranking_loss(scores: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
     return (F.softplus(dropped - scores).masked_fill(~kept, 0).sum(1) / kept.sum(1)).mean()
 
 
+def share_loss(scores: Tensor, mask: Tensor, importance: Tensor) -> Tensor:
+    """Cross-entropy between the softmax of the scores and the shares of importance.
+
+    It is ListNet's loss for the first pick (Cao et al., "Learning to Rank: From Pairwise Approach to Listwise
+    Approach", ICML 2007).
+
+    Args:
+        scores: [G, N] float.
+        mask: [G, N] bool, True at real tokens.
+        importance: [G, N] float >= 0, 0 at padding.
+
+    Returns:
+        A scalar.
+    """
+    logs = scores.masked_fill(~mask, -torch.inf).log_softmax(1).masked_fill(~mask, 0)
+    return -(shares(importance) * logs).sum(1).mean()
+
+
 class WarmupTrainer(StoreTrainer):
     """Trains a scorer on importance targets.
 
     Args:
         *args: See `StoreTrainer`.
         target: Name of the importance: "combined", "gradient" or "attention".
+        share_weight: Weight of `share_loss` beside `ranking_loss`.
         **kwargs: See `StoreTrainer`.
 
     Raises:
-        ConfigError: The target is unknown.
+        ConfigError: The target is unknown, or the weight is no number >= 0.
     """
 
-    def __init__(self, *args: Any, target: str = "combined", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, target: str = "combined", share_weight: float = 1.0, **kwargs: Any) -> None:
         if target not in IMPORTANCES:
             raise ConfigError(f"target must be one of {sorted(IMPORTANCES)}, got {target!r}")
+        check_settings({"share_weight": share_weight})
         super().__init__(*args, **kwargs)
-        self.target = target
+        self.target, self.share_weight = target, share_weight
         self._known: dict[int, Tensor] = {}
 
     def importance(self, rows: list[int]) -> Tensor:
@@ -80,9 +102,13 @@ class WarmupTrainer(StoreTrainer):
         return torch.where(better[:, None], spread, top)
 
     def loss(self, scorer: nn.Module, rows: list[int]) -> Tensor:
-        """The ranking loss of a batch of rows."""
+        """The loss of a batch of rows: of their keep-sets, and of the importance itself."""
         batch = self.store.visual(rows, self.draw_budgets(rows))
-        return ranking_loss(score_groups(scorer, batch), batch.mask, self.targets(rows, batch))
+        scores = score_groups(scorer, batch)
+        loss = ranking_loss(scores, batch.mask, self.targets(rows, batch))
+        if not self.share_weight:
+            return loss
+        return loss + self.share_weight * share_loss(scores, batch.mask, self.importance(rows))
 
 
 def cut(kept: Tensor, samples: Sequence[Sample]) -> list[Tensor]:

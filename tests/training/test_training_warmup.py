@@ -7,8 +7,9 @@ from versions import TRAINING
 
 from grip_hf.config import ConfigError
 from grip_hf.training.importance import spread_out
+from grip_hf.training.policy import score_groups
 from grip_hf.training.supervised import training_arguments
-from grip_hf.training.warmup import WarmupTrainer, ranking_loss
+from grip_hf.training.warmup import WarmupTrainer, ranking_loss, share_loss
 
 pytestmark = TRAINING
 
@@ -25,6 +26,33 @@ def test_the_ranking_loss_equals_loops():
             mine = math.exp(float(scores[g, t]))
             total -= math.log(mine / (mine + sum(map(math.exp, dropped)))) / int(row.sum())
     assert float(ranking_loss(scores, mask, kept)) == pytest.approx(total / 3, abs=1e-5)
+
+
+def test_share_loss_is_the_cross_entropy_of_both_distributions():
+    scores, mask = torch.tensor([[0.5, -1.0, 2.0, 9.0], [1.0, 0.0, -2.0, 0.3]]), torch.ones(2, 4).bool()
+    mask[0, 3] = False
+    importance = torch.tensor([[3.0, 1.0, 0.0, 0.0], [1.0, 1.0, 2.0, 4.0]])
+    total = 0.0
+    for g in range(2):
+        real = [t for t in range(4) if mask[g, t]]
+        weights = [math.exp(float(scores[g, t])) for t in real]
+        for t, weight in zip(real, weights, strict=True):
+            total -= float(importance[g, t] / importance[g].sum()) * math.log(weight / sum(weights))
+    assert float(share_loss(scores, mask, importance)) == pytest.approx(total / 2, abs=1e-5)
+
+
+def test_the_loss_is_the_weighted_sum_of_both(tmp_path):
+    store, scorer, rows = make_store(), make_scorer(), list(range(6))
+    args = training_arguments(str(tmp_path), use_cpu=True)
+    by_weight = {}
+    for weight in (0.0, 1.0, 3.0):
+        trainer = WarmupTrainer(scorer, store, args, (0.1, 0.4), share_weight=weight)
+        by_weight[weight] = float(trainer.loss(scorer, rows).detach())
+    batch = store.visual(rows, trainer.draw_budgets(rows))
+    alone = float(share_loss(score_groups(scorer, batch).detach(), batch.mask, trainer.importance(rows)))
+    assert alone > 0.1
+    assert by_weight[1.0] - by_weight[0.0] == pytest.approx(alone, abs=1e-4)
+    assert by_weight[3.0] - by_weight[0.0] == pytest.approx(3 * alone, abs=1e-4)
 
 
 def test_where_nothing_is_dropped_there_is_nothing_to_learn():
@@ -95,5 +123,7 @@ def test_warm_up_learns_the_targets(tmp_path, target):
 def test_bad_settings(tmp_path):
     with pytest.raises(ConfigError, match="target must be one of"):
         WarmupTrainer(make_scorer(), make_store(1), training_arguments(str(tmp_path), use_cpu=True), target="magic")
+    with pytest.raises(ConfigError, match=r"share_weight must be a number >= 0, got -1\.0"):
+        WarmupTrainer(make_scorer(), make_store(1), training_arguments(str(tmp_path), use_cpu=True), share_weight=-1.0)
     with pytest.raises(ConfigError, match="cannot be set up"):
         training_arguments(str(tmp_path), no_such_setting=1)
