@@ -312,6 +312,20 @@ FAULTS = (
         ("tests/training/test_training_warmup.py",),
     ),
     Fault(
+        "warm-up takes padding for a token",
+        "grip_hf/training/warmup.py",
+        "logs = scores.masked_fill(~mask, -torch.inf)",
+        "logs = scores.masked_fill(~mask, 0)",
+        ("tests/training/test_training_warmup.py::test_share_loss_is_the_cross_entropy_of_both_distributions",),
+    ),
+    Fault(
+        "the attention asked for is that of the last tokens",
+        "grip_hf/engine/received.py",
+        "slots[:, -asking - 1 : -1]",
+        "slots[:, -asking:]",
+        ("tests/engine/test_received.py",),
+    ),
+    Fault(
         "draws of the relaxation mix up rows",
         "grip_hf/training/relaxed.py",
         "value.repeat(self.draws, *[1] * (value.ndim - 1))",
