@@ -71,7 +71,7 @@ class GripScorerConfig(PreTrainedConfig):
     hidden_size: int = 4096
     width: int = 256
     attention_width: int = 128
-    num_layers: int = 1
+    num_layers: int = 2
     num_heads: int = 4
     query_aware: bool = True
     memory_width: int = 0
