@@ -22,7 +22,7 @@ LIBRARY = "grip_hf_version"  # beside the settings in a saved config: which rele
 SCOPES = ("sample", "image")
 POSITION_IDS = ("original", "compact")
 # `tower_keep_ratio="auto"`: never less than the first, and so many times the share of visual tokens.
-AUTO, TOWER_LEAST, TOWER_TIMES = "auto", 0.5, 3.0
+AUTO, TOWER_LEAST, TOWER_TIMES = "auto", 0.75, 3.0
 
 
 def check_keep_ratio(value: object, name: str = "keep_ratio") -> float:
