@@ -79,7 +79,7 @@ def make_store(count=8, seed=0):
 def make_scorer(seed=0, **sizes):
     """A small scorer with scores that are far from flat."""
     torch.manual_seed(seed)
-    config = {"width": 16, "attention_width": 16, "num_heads": 2} | sizes
+    config = {"width": 16, "attention_width": 16, "num_heads": 2, "num_layers": 1} | sizes
     scorer = GripScorer(GripScorerConfig(hidden_size=HIDDEN, **config))
     with torch.no_grad():
         for name, weight in scorer.named_parameters():
