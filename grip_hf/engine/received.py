@@ -1,7 +1,7 @@
 """How much attention the last tokens of a call pay to each of its tokens, over all decoder layers.
 
-Each layer is asked by `ranking.attention_of`, so any kernel may run, and no map of all tokens by all tokens is made:
-such maps of 32 layers would take many times the memory of the model for a picture of thousands of tokens.
+Each layer is asked by `ranking.attention_of`, so the model keeps its own kernel, and no map of all tokens by all
+tokens is made: 32 layers of 32 heads would take 17 GB for 2,900 tokens in half precision (32 x 32 x 2,900^2 numbers).
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ class Received:
     Attributes:
         weights: [B, Q, L] float32, attention of the last Q tokens but one, summed over layers and averaged over heads;
             None before the call.
-        layers: How many layers were asked.
     """
 
     weights: Tensor | None = None
-    layers: int = 0
 
 
 @contextlib.contextmanager
@@ -59,7 +57,7 @@ def received(language_model: nn.Module, asking: int) -> Iterator[Received]:
     seen = Received()
 
     def start(*_: Any) -> None:
-        seen.weights, seen.layers = None, 0
+        seen.weights = None
 
     @torch.no_grad()
     def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -67,7 +65,6 @@ def received(language_model: nn.Module, asking: int) -> Iterator[Received]:
         slots = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
         weights = attention_of(module, args, kwargs, slots[:, -asking - 1 : -1], slots)
         seen.weights = weights if seen.weights is None else seen.weights + weights
-        seen.layers += 1
 
     register()
     with contextlib.ExitStack() as handles:

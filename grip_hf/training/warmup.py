@@ -91,9 +91,9 @@ class WarmupTrainer(StoreTrainer):
         found = [self._known[row].float() for row in rows]
         return nn.utils.rnn.pad_sequence(found, batch_first=True).to(self.store.vlm.device)
 
-    def targets(self, rows: list[int], batch: VisualBatch) -> Tensor:
-        """[B, N] bool: the keep-set that each row of a batch should learn."""
-        importance, samples = self.importance(rows), self.store.samples(rows)
+    def targets(self, rows: list[int], batch: VisualBatch, importance: Tensor) -> Tensor:
+        """[B, N] bool: the keep-set that each row of a batch should learn, from its `importance` [B, N]."""
+        samples = self.store.samples(rows)
         top = topk_mask(importance, batch.mask, batch.budgets)
         spread = spread_out(batch.tokens, batch.mask, importance, batch.budgets)
         top_kl, spread_kl = (self.store.judge(samples, cut(kept, samples)).kl for kept in (top, spread))
@@ -104,11 +104,9 @@ class WarmupTrainer(StoreTrainer):
     def loss(self, scorer: nn.Module, rows: list[int]) -> Tensor:
         """The loss of a batch of rows: of their keep-sets, and of the importance itself."""
         batch = self.store.visual(rows, self.draw_budgets(rows))
-        scores = score_groups(scorer, batch)
-        loss = ranking_loss(scores, batch.mask, self.targets(rows, batch))
-        if not self.share_weight:
-            return loss
-        return loss + self.share_weight * share_loss(scores, batch.mask, self.importance(rows))
+        scores, importance = score_groups(scorer, batch), self.importance(rows)
+        kept = self.targets(rows, batch, importance)
+        return ranking_loss(scores, batch.mask, kept) + self.share_weight * share_loss(scores, batch.mask, importance)
 
 
 def cut(kept: Tensor, samples: Sequence[Sample]) -> list[Tensor]:

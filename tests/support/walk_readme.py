@@ -17,7 +17,8 @@ from transformers import AutoProcessor
 from grip_hf.pocket import make_scene
 
 MODEL, DATASET = "llava-hf/llava-1.5-7b-hf", "your/dataset"
-TRAIN = "--warmup-steps 1 --steps 1 --examples 16 --batch-size 8 --num-generations 4 --warmup-batch-size 4 --width 16"
+WIDTH = " --width 16"
+TRAIN = f"--warmup-steps 1 --steps 1 --examples 16 --batch-size 8 --num-generations 4 --warmup-batch-size 4{WIDTH}"
 REDUCED = {
     "demo": "--scenes 1 --selectors grip,grid --budgets 0.25",
     "train": f"{TRAIN} --eval-examples 2 --device cpu",
@@ -40,10 +41,10 @@ def run(words):
     if reason := why_not(words, program, name):
         return reason, line
     changes = [word for word in words if "=" in word][: len(words) - len(rest) - 1]
-    reduced = REDUCED.get(name, "").split()
-    if "--scorer" in words and "--width" in reduced:  # one to go on from has a width of its own
-        reduced = reduced[: reduced.index("--width")] + reduced[reduced.index("--width") + 2 :]
-    made = ["env", *changes, program, *rest, *reduced]
+    reduced = REDUCED.get(name, "")
+    if "--scorer" in words:  # it has a width of its own
+        reduced = reduced.replace(WIDTH, "")
+    made = ["env", *changes, program, *rest, *reduced.split()]
     subprocess.run(made, check=True)
     return "ran", line
 

@@ -66,7 +66,8 @@ def test_targets_are_what_the_frozen_model_answers_better_with(tmp_path):
     store, rows = make_store(24), list(range(24))
     trainer = WarmupTrainer(make_scorer(), store, training_arguments(str(tmp_path), use_cpu=True))
     batch = store.visual(rows, torch.tensor([1, 2, 3, 4, 6, 8, 12, 16] * 3))
-    kept, importance = trainer.targets(rows, batch), trainer.importance(rows)
+    importance = trainer.importance(rows)
+    kept = trainer.targets(rows, batch, importance)
     spread = spread_out(batch.tokens, batch.mask, importance, batch.budgets)
     taken = []
     for i, sample in enumerate(store.samples(rows)):
