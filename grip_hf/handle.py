@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import GripConfig
+from .engine.attaching import detach
 from .engine.budget import Budget
 from .engine.cache import returned, state_of
 from .engine.call import LastCall
@@ -247,7 +248,7 @@ class GripHandle:
         """Remove the patch; the model is exactly as before. Doing so twice is harmless."""
         for method in (*self._looks, *self._savers):
             method.remove()
-        self._boundary.remove()
+        detach(self._boundary)
         if self._parts.owner.__dict__.get("grip") is self:
             del self._parts.owner.grip
 

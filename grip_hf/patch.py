@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from .config import GripConfig
+from .engine.attaching import attach, patch_of
 from .engine.choice import Score
-from .engine.hooks import patch_of
 from .engine.layers import check_layers
 from .engine.upstream import check_language_model, is_untested
 from .errors import ScorerError, UnsupportedModelError
@@ -158,7 +158,7 @@ def _attach(
     hooks = list(_prepare(selector, parts))
     # From here on nothing raises, so that a model that cannot be patched keeps what patch it had.
     remove_grip(parts.owner)
-    handle._boundary.attach(hooks)
+    attach(handle._boundary, hooks)
     handle.tower.attach(drops)
     for method in (*handle._savers, *handle._looks):
         method.attach()

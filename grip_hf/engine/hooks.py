@@ -30,7 +30,6 @@ from .context import (
     Hook,
     budget_of,
     forget,
-    forget_hook,
     innermost,
     interrupted,
     push,
@@ -39,8 +38,6 @@ from .context import (
 )
 from .decoding import decode_arguments, decodes_simply
 from .drops import LayerDrops
-from .layers import hook_layers
-from .methods import Encode, Generate
 from .plan import grow_output, growths
 from .reading import labels_of, read, states_after
 
@@ -61,6 +58,7 @@ class Boundary:
         tower: the part of the patch that drops rows within the vision tower, if any.
         encodes_once: True if pictures may be encoded once for several calls of `generate`.
         before_choice: runs before tokens are chosen, where the model has adapters.
+        removable: what hangs on the model for this patch, in the order in which it was hung there.
     """
 
     parts: Parts
@@ -80,64 +78,7 @@ class Boundary:
         self.owner_parameters = upstream.parameters(self.parts.owner)
         self.tile = self.parts.family.tile(self.parts.base.config)
         self.said: set[str] = set()
-        self._removable: list[Any] = []
-
-    def attach(self, selector_hooks: list[Any]) -> None:
-        """Register the hooks.
-
-        Args:
-            selector_hooks: Handles of the selector's own, which publish taps.
-        """
-        owner, base, language_model = self.parts.owner, self.parts.base, self.parts.language_model
-        before_owner, before_base = (BeforeHook(self, name) for name in ("before_owner", "before_base"))
-        after_owner, after_base = (AfterHook(self, name) for name in ("after_owner", "after_base"))
-        self._removable, self.tapped = list(selector_hooks), bool(selector_hooks)
-        if owner is not base:
-            self._removable += [
-                owner.register_forward_pre_hook(before_owner, with_kwargs=True),
-                owner.register_forward_hook(after_owner, with_kwargs=True, always_call=True),
-            ]
-        self._removable += [
-            base.register_forward_pre_hook(before_base, with_kwargs=True),
-            base.register_forward_hook(after_base, with_kwargs=True, always_call=True),
-            language_model.register_forward_pre_hook(LanguageModelHook("before"), with_kwargs=True),
-            language_model.register_forward_hook(LanguageModelHook("after"), with_kwargs=True, always_call=True),
-        ]
-        if getattr(self.selector, "inside", False):
-            self._removable += hook_layers(language_model, self.selector)  # type: ignore[arg-type]
-        methods: list[Any] = [Generate(owner, self)] if hasattr(type(owner), "generate") else []
-        if selector_hooks or self.encodes_once:
-            methods += self._encoders()
-        for method in methods:
-            method.attach()
-        self._removable += methods
-
-    def attach_tower(self, hooks: list[Any], methods: list[Any]) -> None:
-        """Add hooks within the vision tower.
-
-        Args:
-            hooks: Their handles.
-            methods: What stands in for methods of the base model.
-        """
-        known = any(isinstance(one, Encode) for one in self._removable)
-        methods = [*([] if known else self._encoders()), *methods]
-        for method in methods:
-            method.attach()
-        self._removable += [*hooks, *methods]
-
-    def _encoders(self) -> list[Any]:
-        base = self.parts.base
-        return [Encode(base, name) for name in upstream.ENCODERS if hasattr(type(base), name)]
-
-    def remove(self) -> None:
-        """Remove the hooks, those too that copies of modules carried to other places of the model."""
-        for one in reversed(self._removable):
-            one.remove()
-        self._removable = []
-        for module in self.parts.owner.modules():
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for number in [number for number, hook in hooks.items() if isinstance(hook, Hook)]:
-                    forget_hook(module, number)
+        self.removable: list[Any] = []
 
     def warn_once(self, message: str) -> None:
         """Warn, once per patch."""
@@ -368,9 +309,3 @@ def _refuse_export() -> None:
         raise GripError(
             "a patched model cannot be exported, since which tokens stay depends on the data: remove_grip(model) first"
         )
-
-
-def patch_of(module: nn.Module) -> Boundary | None:
-    """The patch whose hooks a module carries, if any."""
-    hooks = module._forward_pre_hooks.values()
-    return next((hook.boundary for hook in hooks if isinstance(hook, BeforeHook)), None)

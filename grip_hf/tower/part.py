@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from ..config import GripConfig
+from ..engine.attaching import attach_tower
 from ..engine.budget import Budget
 from ..engine.context import asked_of
 from .rows import checked, drops_rows
@@ -54,7 +55,7 @@ class TowerPart:
         """Register the hooks."""
         if drops is not None:
             self.boundary.tower = drops
-            self.boundary.attach_tower(drops.hooks(), drops.methods())
+            attach_tower(self.boundary, drops.hooks(), drops.methods())
 
     def budget(
         self, keep_ratio: Any, num_tokens: Any, tower_keep_ratio: Any, quality: Any = None, rule: Any = None
