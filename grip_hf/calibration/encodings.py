@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ class Looks(contextlib.ExitStack):
         vlm: The model.
         samples: The batch.
         handle: The patch of the model.
+        cpu_time: Whether CPU time counts instead of the clock's.
 
     Attributes:
         pictures: Arguments of `generate`.
@@ -34,9 +34,9 @@ class Looks(contextlib.ExitStack):
         encodings: By look, the number of that encoding.
     """
 
-    def __init__(self, vlm: FrozenVLM, samples: Sequence[Sample], handle: Any) -> None:
+    def __init__(self, vlm: FrozenVLM, samples: Sequence[Sample], handle: Any, cpu_time: bool = False) -> None:
         super().__init__()
-        self.handle, self.watch = handle, Stopwatch(vlm.device)
+        self.handle, self.watch = handle, Stopwatch(vlm.device, cpu_time)
         self.drops = handle.tower.dropping(asked_of(handle._boundary)) is not None
         self.pictures = vlm.pixels(samples) if self.drops else pictures([one.encoded for one in samples])
         self.seconds: list[float] = []
@@ -65,9 +65,10 @@ class Looks(contextlib.ExitStack):
         else:
             self.memory.replay()
         self.watch.reset()
-        start = time.perf_counter()
+        self.watch.mark("start")
         yield
-        taken = time.perf_counter() - start
+        self.watch.mark("end")
+        taken = self.watch.ms("start", "end") / 1000
         vision = self.watch.ms("in", "out") / 1000 if anew else 0.0
         self.seconds.append(taken - vision)
         self.vision.append(vision if anew else self.vision[-1])

@@ -19,6 +19,7 @@ from ..evaluation.answers import EXACT, METRICS
 from ..evaluation.budgets import Budget, as_setting, check_budget
 from ..evaluation.methods import Pruned
 from ..evaluation.runner import tap_all
+from ..evaluation.stopwatch import check_clock
 from ..files import write_whole
 from ..frozen.data import Examples
 from ..frozen.samples import Sample
@@ -122,6 +123,7 @@ def observe(
     progress: bool = True,
     processes: PartialState | None = None,
     features: bool = False,
+    cpu_time: bool = False,
 ) -> Observed:
     """Answer all examples at every budget and with all tokens, greedily.
 
@@ -137,15 +139,17 @@ def observe(
         progress: Whether to show a bar on a terminal.
         processes: Shares the batches among the processes of a launch; each gets all rows.
         features: Whether to collect what else may tell doubt.
+        cpu_time: Whether CPU time counts instead of the clock's, on a machine that others use too; not on a GPU.
 
     Raises:
-        ConfigError: A budget is not allowed, or there are no examples.
+        ConfigError: A budget is not allowed, there are no examples, or CPU time is asked for on a GPU.
         UnsupportedModelError: The model or the selector cannot be used.
         GripError: A probability is NaN.
     """
     asked = rising(budgets)
     if not len(examples):
         raise ConfigError("there are no examples to answer")
+    check_clock(cpu_time, model.device)
     handle = chooser.apply(model)
     fixed, selector = Chooser.of(handle, chooser.force), handle.selector
     remove_grip(model)
@@ -161,7 +165,7 @@ def observe(
             given = [examples[row] for row in rows]
             samples = vlm.prepare([dataclasses.replace(one, answer=one.answer or "") for one in given])
             truths = [one.answer for one in given]
-            batches.append(_answer(vlm, samples, truths, fixed, asked, max_new_tokens, metric, features))
+            batches.append(_answer(vlm, samples, truths, fixed, asked, max_new_tokens, metric, features, cpu_time))
     finally:
         vlm.close()
         remove_grip(model)
@@ -180,6 +184,7 @@ def _answer(
     most: int,
     metric: str,
     features: bool,
+    cpu_time: bool,
 ) -> dict[str, Any]:
     """What one batch is answered at every budget, as arrays."""
     model, texts = vlm.model, vlm.collate([one.inputs for one in samples])
@@ -187,7 +192,7 @@ def _answer(
     handle = chooser.apply(model)
     found: dict[str, Any] = {name: [] for name in (*FIELDS, "cut", "features")}
     try:
-        with Looks(vlm, samples, handle) as looks:
+        with Looks(vlm, samples, handle, cpu_time) as looks:
             asked = {"max_new_tokens": most, "do_sample": False, "num_beams": 1, **texts, **looks.pictures}
             for one in budgets:
                 doubt = Details() if features else Doubt(ANSWER, None)

@@ -81,9 +81,7 @@ def bench(
     tower_keep_ratio: options.TowerRatio = None,
     tower_selector: options.TowerSelector = None,
     tower_depth: options.TowerDepth = None,
-    cpu_time: Annotated[
-        bool, typer.Option("--cpu-time", help="Count CPU time, not the clock's, on a machine that others use too.")
-    ] = False,
+    cpu_time: options.CpuTime = False,
     wide: Annotated[bool, typer.Option("--wide", help="Show every figure that --json has.")] = False,
     json_file: JsonFile = None,
 ) -> None:

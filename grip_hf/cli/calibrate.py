@@ -54,6 +54,7 @@ def calibrate(
     tower_depth: options.TowerDepth = None,
     pocket_model: options.PocketModel = None,
     styles: Styles = "fluent,google",
+    cpu_time: options.CpuTime = False,
     output: Annotated[Path | None, typer.Option(help="Folder to write to; without it, that of the scorer.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -74,7 +75,7 @@ def calibrate(
     with failures():
         place = check_folder(place_of(output, scorer))
         check_asked(examples, wanted, confidence, rules, unit)
-        seen, made_for, facts = survey.observe(asked, batch_size, max_new_tokens, metric)
+        seen, made_for, facts = survey.observe(asked, batch_size, max_new_tokens, metric, cpu_time)
         if not goes_on():
             return
         found = run(seen, made_for, wanted, confidence, rules, unit, max_new_tokens, seed, facts)

@@ -51,6 +51,7 @@ def curve(
     tower_depth: options.TowerDepth = None,
     pocket_model: options.PocketModel = None,
     styles: Styles = "fluent,google",
+    cpu_time: options.CpuTime = False,
     output: Annotated[Path | None, typer.Option(callback=in_folder, help="Where to write the picture.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -68,11 +69,11 @@ def curve(
         agreement_of(unit)
         for one in wanted:
             check_quality(one)
-        seen, made_for, facts = survey.observe(asked, batch_size, max_new_tokens, metric)
+        seen, made_for, facts = survey.observe(asked, batch_size, max_new_tokens, metric, cpu_time)
         if not goes_on():
             return
         with console.status("timing") as status:
-            times, setting = measure(survey, seen, rounds, status.update)
+            times, setting = measure(survey, seen, rounds, status.update, cpu_time)
         rows = overview(seen, times, wanted, confidence, unit, seed)
         console.print(table(rows, len(seen), unit).rich())
         best, name = smallest(rows, within)
@@ -88,7 +89,9 @@ def curve(
             write_json(json_file, {"meta": meta, "rows": rows, "smallest": told})
 
 
-def measure(survey: Survey, seen: Observed, rounds: int, progress: Any) -> tuple[Times, dict[str, Any]]:
+def measure(
+    survey: Survey, seen: Observed, rounds: int, progress: Any, cpu_time: bool
+) -> tuple[Times, dict[str, Any]]:
     """Time the model on its first question at every budget that was observed, in paired rounds."""
     from ..calibration.timing import Times
     from ..engine.budget import Budget
@@ -107,7 +110,7 @@ def measure(survey: Survey, seen: Observed, rounds: int, progress: Any) -> tuple
     spec = f"grip={survey.scorer}" if name == "grip" and survey.scorer else str(name)
     remove_grip(model)
     asked, fewer = prompted(survey.choice.name, model, processor, examples[0].messages), seen.budgets[:-1]
-    result = run_bench(asked, [spec], fewer, rounds, 4, progress=progress, tower=tower)
+    result = run_bench(asked, [spec], fewer, rounds, 4, progress=progress, tower=tower, cpu_time=cpu_time)
     wanted = None if tower is None else share
     found = {row["num_tokens"]: row for row in result["rows"] if row["tower_keep_ratio"] == wanted}
     rows = [*(found[kept_of(asked.tokens, one)] for one in fewer), result["unpruned"]]

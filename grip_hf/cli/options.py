@@ -81,6 +81,9 @@ TowerRatio = Annotated[
     str | None,
     typer.Option(help="Shares of the vision tower's rows, separated by commas, or auto: each selector also so."),
 ]
+CpuTime = Annotated[
+    bool, typer.Option("--cpu-time", help="Count CPU time, not the clock's, on a machine that others use too.")
+]
 TowerShare = Annotated[
     str | None,
     typer.Option(

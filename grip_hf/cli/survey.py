@@ -101,7 +101,7 @@ class Survey:
         return Chooser(self.scorer, self.selector, self.force, tower=rows)
 
     def observe(
-        self, budgets: list[float | int], batch_size: int, most: int, metric: str
+        self, budgets: list[float | int], batch_size: int, most: int, metric: str, cpu_time: bool = False
     ) -> tuple[Observed, Any, Any]:
         """Answer all questions; what was seen, what it holds for, and facts about the rows."""
         from accelerate import PartialState
@@ -115,5 +115,8 @@ class Survey:
         made_for = {**handle.identity(), "writing": writing(handle.owner, {})}
         remove_grip(model)
         processes = PartialState()
-        seen = observe(model, processor, rows, self.chooser, budgets, batch_size, most, metric, processes=processes)
-        return seen, made_for, {**self.choice.facts(), **facts}
+        seen = observe(
+            model, processor, rows, self.chooser, budgets, batch_size, most, metric,
+            processes=processes, cpu_time=cpu_time,
+        )  # fmt: skip
+        return seen, made_for, {**self.choice.facts(), **facts, "clock": "cpu" if cpu_time else "wall"}

@@ -25,6 +25,7 @@ from .facts import versions
 from .flops import prefill_flops
 from .paired import Bench, Timing, Variant
 from .shapes import Subject, get_shape, shaped
+from .stopwatch import check_clock
 from .towers import TowerChoice, goes_with_tower
 
 Round = dict[Variant, Timing]
@@ -89,8 +90,7 @@ def run_bench(
         progress(f"building {model}")
         model = shaped(model, batch, device, precision, attention, seed)
     built, place = model.model, model.inputs["input_ids"].device
-    if cpu_time and place.type != "cpu":
-        raise ConfigError(f"cpu_time=True counts nothing of what runs on {place.type!r}; leave it out")
+    check_clock(cpu_time, place)
     counts = list(dict.fromkeys(kept_of(model.tokens, budget) for budget in wanted))
     bench = Bench(built, model.inputs, selectors, decode_tokens, seed, depth_of, tower, cpu_time)
     pruned = [

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..engine.keepsets import VisualBatch
+from ..errors import ConfigError
 from ..families.table import find_parts
 from ..tower.facts import find_module
 
@@ -26,6 +27,12 @@ SPANS = {
 # Parts of `vision`.
 WITHIN = {"tower": ("tower_in", "tower_out"), "tower_selector": ("tower_selector_in", "tower_selector_out")}
 HOOKED = (("base_in", "base_begin"), ("lm_in", "lm_begin"), ("lm_done", "lm_left"), ("base_done", "base_left"))
+
+
+def check_clock(cpu_time: bool, device: torch.device) -> None:
+    """Raise `ConfigError` if CPU time is asked for where something else than the CPU works."""
+    if cpu_time and device.type != "cpu":
+        raise ConfigError(f"cpu_time=True counts nothing of what runs on {device.type!r}; leave it out")
 
 
 class Stopwatch:

@@ -1,5 +1,8 @@
 """What is observed of a model whose vision tower is pruned too: answers, and what looks in a row share."""
 
+import itertools
+import types
+
 import pytest
 import torch
 from versions import TRAINING
@@ -8,11 +11,14 @@ from grip_hf import apply_grip, remove_grip
 from grip_hf.calibration.chooser import Chooser
 from grip_hf.calibration.observe import Observed, observe
 from grip_hf.errors import ConfigError
+from grip_hf.evaluation import stopwatch
 from grip_hf.frozen.vlm import _stacked
 from grip_hf.pocket import load_pocket_llava
 from grip_hf.pocket.examples import OnePerScene
 
 HALF = {"tower_keep_ratio": 0.5, "tower_selector": "distance"}
+
+OTHER = {"process_time": "perf_counter", "perf_counter": "process_time"}
 
 
 @TRAINING
@@ -36,6 +42,25 @@ def test_looks_are_observed_with_the_tower_that_they_will_have(tmp_path):
     assert Observed.load(tmp_path / "seen.npz").encodings.tolist() == [0, 0, 1, 2]
     with pytest.raises(ConfigError, match="tower_keep_ratio must be a number"):
         observe(model, processor, examples, Chooser(tower={"tower_keep_ratio": 2}), [24], progress=False)
+
+
+@TRAINING
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("cpu_time, clock", [(True, "process_time"), (False, "perf_counter")])
+def test_looks_are_timed_by_the_clock_that_was_asked_for(monkeypatch, cpu_time, clock):
+    """A clock that goes on by a second whenever it is read: one from the begin of a look to its end, of two rows."""
+    model, processor = load_pocket_llava()
+    monkeypatch.setattr(
+        stopwatch, "time", types.SimpleNamespace(**{clock: itertools.count().__next__, OTHER[clock]: 0})
+    )
+    seen = observe(model, processor, OnePerScene(2, 4), Chooser(), [5], 2, 8, progress=False, cpu_time=cpu_time)
+    assert seen.seconds.tolist() == [0.5, 0.5]
+
+
+def test_there_is_no_cpu_time_of_a_gpu():
+    with pytest.raises(ConfigError, match=r"cpu_time=True counts nothing of what runs on 'cuda'"):
+        stopwatch.check_clock(True, torch.device("cuda"))
+    stopwatch.check_clock(False, torch.device("cuda"))
 
 
 def test_pixels_of_unequal_pictures_are_padded():

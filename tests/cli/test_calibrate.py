@@ -36,7 +36,7 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs") / "scorer"
-    done = run(*FEW, "--max-new-tokens", "8", "--output", place, "--json", place.parent / "found.json")
+    done = run(*FEW, "--max-new-tokens", "8", "--cpu-time", "--output", place, "--json", place.parent / "found.json")
     assert done.exit_code == 0, done.output
     assert "80.0%" in done.output and "90.0%" in done.output and "one budget for all" in done.output
     return place
@@ -57,6 +57,7 @@ def test_the_folder_can_be_used_as_it_is(folder):
     model, inputs = asked()
     found = Calibration.load(folder)
     assert json.loads((folder.parent / "found.json").read_text())["made_for"] == found.made_for
+    assert found.data["clock"] == "cpu"
     apply_grip(model, scorer=folder, quality=0.9)
     out = model.generate(**inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
     ladder, looks = model.grip.promise(0.9).ladder, model.grip.last.looks
@@ -172,12 +173,13 @@ def test_the_curve(tmp_path, tower):
     picture, file = tmp_path / "curve.png", tmp_path / "curve.json"
     done = run(
         "curve", "--pocket", "--examples", "60", "--quality", "0.8", "--budgets", "0.05,0.25", "--rounds", "2",
-        "--output", picture, "--json", file, "--max-new-tokens", "8", *tower,
+        "--output", picture, "--json", file, "--max-new-tokens", "8", "--cpu-time", *tower,
     )  # fmt: skip
     assert done.exit_code == 0 and "smallest budget within 1 points" in done.output, done.output
     found = json.loads(file.read_text())
     assert [row["name"] for row in found["rows"]] == ["5%", "25%", "100%", "80.0% promised", "80.0% promised"]
     assert all(row["ttft_ms"] > 0 and 0 <= row["agreement"] <= 1 for row in found["rows"])
+    assert found["meta"]["timing"]["clock"] == found["meta"]["clock"] == "cpu"
     assert found["rows"][2]["accuracy"] > 0.9 and picture.stat().st_size > 10_000
 
 
