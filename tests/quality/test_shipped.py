@@ -10,7 +10,8 @@ from grip_hf.quality.promise import Calibration
 def test_the_pocket_model_keeps_what_came_with_it():
     model, processor = load_pocket_llava()
     handle = apply_grip(model, GripConfig(quality=0.98)).grip
-    assert isinstance(handle.calibration, Calibration) and handle.promise(0.98).ladder[-1] == 1.0
+    ladder = handle.promise(0.98).ladder
+    assert isinstance(handle.calibration, Calibration) and ladder[-1] == 1.0
     chats = [
         [
             {
@@ -33,5 +34,5 @@ def test_the_pocket_model_keeps_what_came_with_it():
         answers.append(processor.batch_decode(out[:, prompt:], skip_special_tokens=True))
     same = sum(one == other for one, other in zip(*answers, strict=True))
     assert same >= 45 and len(set(answers[1])) > 10  # of 48; 98 % are promised
-    assert {1, 2} == set(looks) and sum(looks) < 48 * 1.5
-    assert {count for count, number in zip(kept, looks, strict=True) if number == 2} == {144} and min(kept) < 30
+    assert 1 < len(set(looks)) <= len(ladder) and sum(looks) < 48 * 1.5
+    assert kept == [round(144 * ladder[number - 1]) for number in looks] and min(kept) < 30

@@ -1,0 +1,107 @@
+"""What an index of packages shows of the README: all links by their address, also out of a source package."""
+
+import email
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+from readme import ROOT
+
+pytest.importorskip("hatchling")
+
+LINKS = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
+ADDRESS = "https://example.org/somebody/grip"
+
+
+def links(text):
+    """(is a picture, target) of each link outside of blocks of code."""
+    return [(mark == "!", target) for part in text.split("```")[::2] for mark, target in LINKS.findall(part)]
+
+
+def build(kind, source, folder, **settings):
+    """What a source package or a wheel, built by the backend itself, tells an index."""
+    code = f"import sys; from hatchling.build import build_{kind} as build; print(build(sys.argv[1]))"
+    kept = {name: value for name, value in os.environ.items() if name != "GRIP_HF_SOURCE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder],
+        cwd=source,
+        env=kept | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    path = folder / done.stdout.split()[-1]
+    if kind == "sdist":
+        with tarfile.open(path) as file:
+            file.extractall(folder, filter="data")
+        place = folder / path.name.removesuffix(".tar.gz")
+        return place, email.message_from_bytes((place / "PKG-INFO").read_bytes())
+    with zipfile.ZipFile(path) as file:
+        name = next(one for one in file.namelist() if one.endswith("METADATA"))
+        return path, email.message_from_bytes(file.read(name))
+
+
+def test_links_become_absolute_and_stay_so_in_a_wheel_of_the_source_package(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert any(picture for picture, _ in links(readme))
+    place, told = build("sdist", ROOT, tmp_path, GRIP_HF_SOURCE=ADDRESS)
+    _, again = build("wheel", place, tmp_path)
+    for one in (told, again):
+        assert one.get_all("Project-URL") == [f"Repository, {ADDRESS}"]
+        assert one["Description-Content-Type"] == "text/markdown"
+        shown = one.get_payload(decode=True).decode("utf-8")
+        assert len(links(shown)) == len(links(readme))
+        for (picture, target), (_, before) in zip(links(shown), links(readme), strict=True):
+            if before.startswith(("https://", "#")):
+                assert target == before
+                continue
+            assert target == f"{ADDRESS}/{'raw' if picture else 'blob'}/HEAD/{before}"
+            assert (ROOT / before.split("#")[0]).exists()
+        assert shown.split("```")[1::2] == readme.split("```")[1::2]  # code is as it was
+
+
+@pytest.mark.parametrize(
+    ("remote", "shown"),
+    [
+        ("https://example.org/somebody/grip.git", ADDRESS),
+        ("https://somebody:secret@example.org/somebody/grip", ADDRESS),
+        ("git@example.org:somebody/grip.git", ADDRESS),
+        ("ssh://git@example.org:2222/somebody/grip.git", ADDRESS),
+        ("/home/somebody/grip", None),
+        ("../grip", None),
+        (None, None),
+    ],
+)
+def test_the_address_is_that_of_the_checkout(tmp_path, remote, shown):
+    """A copy with a history of its own; folders and secrets are not told."""
+    copy = tmp_path / "copy"
+    (copy / "grip_hf").mkdir(parents=True)
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "model_card_template.md",
+        ".ci/links.py",
+        "grip_hf/version.py",
+    ):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(["git", "init", "-q", copy], check=True)
+    if remote is not None:
+        subprocess.run(["git", "-C", copy, "remote", "add", "origin", remote], check=True)
+    _, told = build("sdist", copy, tmp_path)
+    found = told.get_all("Project-URL")
+    assert found == (None if shown is None else [f"Repository, {shown}"])
+    (picture,) = [target for is_picture, target in links(told.get_payload(decode=True).decode()) if is_picture]
+    assert picture.startswith(f"{shown}/raw/HEAD/" if shown else "grip_hf/")
+
+
+def test_an_address_that_is_none_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="GRIP_HF_SOURCE must be a repository's address"):
+        build("sdist", ROOT, tmp_path, GRIP_HF_SOURCE="somewhere")
