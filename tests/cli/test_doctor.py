@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from grip_hf import GripConfig, apply_grip, patch
 from grip_hf.cli.app import app
 from grip_hf.doctor import tiny
-from grip_hf.engine import upstream
+from grip_hf.engine.upstream import names
 from grip_hf.pocket.model import WEIGHTS
 
 runner = CliRunner()
@@ -81,7 +81,7 @@ def test_absent_families_are_no_errors(monkeypatch, tmp_path):
 
 
 def test_a_newer_release_is_told(monkeypatch):
-    monkeypatch.setattr(upstream.transformers, "__version__", "5.999.0")
+    monkeypatch.setattr(names.transformers, "__version__", "5.999.0")
     result = doctor("--families", "llava")
     assert result.exit_code == 0 and "transformers 5.999.0 is installed" in result.output
 

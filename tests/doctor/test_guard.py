@@ -17,8 +17,7 @@ from grip_hf import GripConfig, apply_grip, patch
 from grip_hf.doctor import guard
 from grip_hf.doctor.isolation import Drawing, undisturbed
 from grip_hf.doctor.tiny import make
-from grip_hf.engine import upstream
-from grip_hf.engine.upstream import TESTED, is_untested
+from grip_hf.engine.upstream import TESTED, is_untested, names
 from grip_hf.errors import UnsupportedModelError
 from grip_hf.pocket import load_pocket_llava
 
@@ -35,7 +34,7 @@ def checks(monkeypatch):
         made.append(config.model_type)
         return real(config, *args, **kwargs)
 
-    monkeypatch.setattr(upstream.transformers, "__version__", NEWER)
+    monkeypatch.setattr(names.transformers, "__version__", NEWER)
     monkeypatch.setattr(guard, "_reports", {})
     monkeypatch.setattr(guard, "examine_own", examine)
     return made
@@ -61,12 +60,12 @@ def test_what_counts_as_newer(monkeypatch):
         (f"{newest[0]}.{newest[1] + 1}.0.dev0", True),
         (f"{newest[0]}.9.0", newest[1] < 9),
     ):
-        monkeypatch.setattr(upstream.transformers, "__version__", version)
+        monkeypatch.setattr(names.transformers, "__version__", version)
         assert is_untested() == untested, version
 
 
 def test_nothing_is_checked_on_a_tested_release(checks, monkeypatch):
-    monkeypatch.setattr(upstream.transformers, "__version__", TESTED[-1])
+    monkeypatch.setattr(names.transformers, "__version__", TESTED[-1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         apply_grip(build("llava"), **CHOICE)
@@ -116,7 +115,7 @@ def test_a_fault_raises_before_anything_is_patched(checks, fault):
 def test_a_fault_leaves_an_earlier_patch(checks, fault, monkeypatch):
     model = build("llava")
     with monkeypatch.context() as earlier:
-        earlier.setattr(upstream.transformers, "__version__", TESTED[-1])
+        earlier.setattr(names.transformers, "__version__", TESTED[-1])
         handle = apply_grip(model, **CHOICE).grip
     with pytest.raises(UnsupportedModelError):
         apply_grip(model, keep_ratio=0.25, selector="grid")

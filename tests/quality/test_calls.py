@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, TextIteratorStreamer
 from versions import CACHE
 
 from grip_hf import GripConfig, apply_grip, remove_grip
-from grip_hf.engine.hooks import Encode
+from grip_hf.engine.methods import Encode
 from grip_hf.errors import ConfigError, GripError, UnsupportedModelError
 from grip_hf.quality.promise import Calibration
 

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from versions import NO_TRAINING, TRAINING_SINCE
 
 from grip_hf.cli.app import app
-from grip_hf.engine import upstream
+from grip_hf.engine.upstream import models, names
 from grip_hf.errors import UnsupportedModelError
 from grip_hf.evaluation.downsampling import check_square
 from grip_hf.frozen.vlm import FrozenVLM
@@ -16,9 +16,9 @@ from grip_hf.frozen.vlm import FrozenVLM
 def too_old(monkeypatch):
     """The version in the error: the installed one, or that of a newer one made to look like an old one."""
     if not NO_TRAINING:
-        monkeypatch.setattr(upstream, "ENCODED", "an_argument_that_is_not_there")
-        monkeypatch.setattr(upstream.transformers, "__version__", "5.17.0")
-    return upstream.transformers.__version__
+        monkeypatch.setattr(models, "ENCODED", "an_argument_that_is_not_there")
+        monkeypatch.setattr(names.transformers, "__version__", "5.17.0")
+    return names.transformers.__version__
 
 
 @pytest.mark.parametrize(
