@@ -62,7 +62,7 @@ def answer(
 def table(
     files: Annotated[list[Path], typer.Argument(help="What was answered.")],
     rows: Annotated[int, typer.Option(min=3, help="Scenes to calibrate on.")] = 2000,
-    fresh: Annotated[int, typer.Option(min=1, help="Other scenes to look at.")] = 2000,
+    fresh: Annotated[int, typer.Option(min=0, help="Other scenes to look at; 0: all others.")] = 2000,
     draws: Annotated[int, typer.Option(min=1, help="How often.")] = 20,
     qualities: Annotated[str, typer.Option(help="What to promise.")] = QUALITIES,
     confidence: Confidence = 0.95,
@@ -78,18 +78,21 @@ def table(
     times = None if latency is None else times_of(json.loads(latency.read_text(encoding="utf-8")), seen.budgets)
     if times is not None:
         seen = dataclasses.replace(seen, seconds=np.array(times.ttft) - times.vision)
-    apart = draws * (rows + fresh) <= len(seen)
+    used = rows + fresh  # of each draw, by itself if there are enough
+    apart = draws * used <= len(seen)
     found = []
     rng = np.random.default_rng(seed)
     whole = rng.permutation(len(seen))
     for number in range(draws):
-        start = number * (rows + fresh)
-        order = whole[start : start + rows + fresh] if apart else rng.permutation(len(seen))[: rows + fresh]
+        order = np.roll(whole, -number * used) if apart else rng.permutation(len(seen))
+        order = order[: used if fresh else None]
         wanted = [float(quality) for quality in qualities.split(",")]
         found += [{"draw": number, **row} for row in one_draw(seen, order, rows, wanted, confidence, rule, times)]
-    how = "no scene in two draws" if apart else f"drawn anew each time from {len(seen)} scenes"
-    title = f"{draws} draws of {rows} scenes to calibrate on and {fresh} fresh ones, {how}; rule: {rule}"
-    told = Table(COLUMNS, summary(found, fresh), title)
+    looked = fresh or len(seen) - rows
+    how = "no scene in two draws" if fresh else "no scene in two calibrations"
+    how = how if apart else f"drawn anew each time from {len(seen)} scenes"
+    title = f"{draws} draws of {rows} scenes to calibrate on and {looked} fresh ones, {how}; rule: {rule}"
+    told = Table(COLUMNS, summary(found, looked), title)
     typer.echo(told.markdown())
     if json_file is not None:
         write_json(json_file, {"title": title, "summary": list(told.rows), "draws": found})

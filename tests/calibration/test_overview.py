@@ -7,6 +7,7 @@ import pytest
 from answered import TOKENS, observed
 from typer.testing import CliRunner
 
+from grip_hf.calibration import draws
 from grip_hf.calibration.draws import app, joined, times_of
 from grip_hf.calibration.observe import Observed
 from grip_hf.calibration.overview import draw, overview, smallest
@@ -78,6 +79,26 @@ def test_draws(tmp_path):
     done = CliRunner().invoke(app, ["table", *files, *options, "--rows", "600"], catch_exceptions=False)
     assert "drawn anew each time from 1800 scenes" in done.output
     assert len(joined([Observed.load(file) for file in files])) == 1800
+
+
+@pytest.mark.parametrize(("rows", "fresh", "looked", "how"), [
+    (300, 200, 200, "no scene in two draws"),
+    (600, 0, 1200, "no scene in two calibrations"),
+    (700, 0, 1100, "drawn anew each time from 1800 scenes"),
+])  # fmt: skip
+def test_which_scenes_are_drawn(tmp_path, monkeypatch, rows, fresh, looked, how):
+    """Fresh ones are none that the draw calibrated on; where there are enough, no two calibrations share one."""
+    observed(1800, 1).save(tmp_path / "seen.npz")
+    orders, own = [], draws.one_draw
+    monkeypatch.setattr(
+        draws, "one_draw", lambda seen, order, *rest: (orders.append(order), own(seen, order, *rest))[1]
+    )
+    options = ["--rows", rows, "--fresh", fresh, "--draws", "3", "--qualities", "0.9"]
+    done = CliRunner().invoke(app, ["table", str(tmp_path / "seen.npz"), *map(str, options)], catch_exceptions=False)
+    assert f"calibrate on and {looked} fresh ones, {how}" in done.output
+    assert [(len(order), len(set(order))) for order in orders] == [(rows + looked, rows + looked)] * 3
+    known = [set(order[:rows]) for order in orders]
+    assert (len(set.union(*known)) == 3 * rows) == (rows < 700)
 
 
 def test_scenes_of_another_kind(tmp_path):
