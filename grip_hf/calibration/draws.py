@@ -79,6 +79,8 @@ def table(
     if times is not None:
         seen = dataclasses.replace(seen, seconds=np.array(times.ttft) - times.vision)
     used = rows + fresh  # of each draw, by itself if there are enough
+    if rows + max(fresh, 1) > len(seen):
+        raise typer.BadParameter(f"--rows {rows} and --fresh {fresh} are more than the {len(seen)} scenes answered")
     apart = draws * used <= len(seen)
     found = []
     rng = np.random.default_rng(seed)

@@ -81,6 +81,13 @@ def test_draws(tmp_path):
     assert len(joined([Observed.load(file) for file in files])) == 1800
 
 
+def test_more_scenes_than_were_answered_are_refused(tmp_path):
+    observed(90, 1).save(tmp_path / "seen.npz")
+    for rows, fresh in ((90, 0), (60, 31)):
+        done = CliRunner().invoke(app, ["table", f"{tmp_path}/seen.npz", "--rows", f"{rows}", "--fresh", f"{fresh}"])
+        assert done.exit_code == 2 and f"--rows {rows} and --fresh {fresh} are more than the 90" in done.output
+
+
 @pytest.mark.parametrize(("rows", "fresh", "looked", "how"), [
     (300, 200, 200, "no scene in two draws"),
     (600, 0, 1200, "no scene in two calibrations"),
