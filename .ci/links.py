@@ -8,15 +8,15 @@ wheel that is built from a source package takes over what that one says.
 import email
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)")
-REMOTE = re.compile(
-    r"(?:https?://(?:[^@/]+@)?|ssh://(?:[^@/]+@)?|[^@/:]+@)([\w.-]+\.\w+)[:/](?:\d+/)?(.+?)(?:\.git)?/?$"
-)
+SHORT = re.compile(r"^[^@/:]+@([^@/:]+):(?!/)")  # git's short form of ssh://, user@host:owner/name
 
 
 def address_of(remote: str) -> str | None:
@@ -24,8 +24,12 @@ def address_of(remote: str) -> str | None:
 
     Whoever's name or token stands in it is left out.
     """
-    found = REMOTE.match(remote.strip())
-    return f"https://{found[1]}/{found[2]}" if found else None
+    parts = urlsplit(SHORT.sub(r"ssh://\1/", remote.strip(), count=1))
+    host, path = parts.hostname, parts.path.strip("/").removesuffix(".git")
+    if parts.scheme not in ("https", "ssh") or not host or not path:
+        return None
+    port = f":{parts.port}" if parts.scheme == "https" and parts.port else ""  # that of ssh is none of a browser's
+    return f"https://{host}{port}/{path}"
 
 
 def absolute(text: str, address: str) -> str:
@@ -38,18 +42,18 @@ def absolute(text: str, address: str) -> str:
     return "".join(parts)
 
 
-def address(root: Path) -> str | None:
+def source_of(root: Path) -> str | None:
     """The address of the repository at `root`, if it is known."""
     given = os.environ.get("GRIP_HF_SOURCE")
     if given is not None:
-        if address_of(given) is None:
+        found = address_of(given)
+        if found is None:
             raise ValueError(f"GRIP_HF_SOURCE must be a repository's address, https://host/owner/name, got {given!r}")
-        return address_of(given)
-    if not (root / ".git").exists():
+        return found
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
-    asked = subprocess.run(
-        ["git", "-C", str(root), "remote", "get-url", "origin"], capture_output=True, text=True, check=False
-    )
+    words = ["git", "-C", str(root), "remote", "get-url", "origin"]
+    asked = subprocess.run(words, capture_output=True, text=True, check=False)
     return address_of(asked.stdout) if asked.returncode == 0 else None
 
 
@@ -65,7 +69,7 @@ class Readme(MetadataHookInterface):
             text = source.get_payload(decode=True).decode("utf-8")
             urls = dict(one.split(", ", 1) for one in source.get_all("Project-URL", []))
         else:
-            text, found = (root / "README.md").read_text(encoding="utf-8"), address(root)
-            text, urls = (absolute(text, found), {"Repository": found}) if found else (text, {})
+            text, address = (root / "README.md").read_text(encoding="utf-8"), source_of(root)
+            text, urls = (absolute(text, address), {"Repository": address}) if address else (text, {})
         metadata["readme"] = {"content-type": "text/markdown", "text": text}
         metadata["urls"] = urls

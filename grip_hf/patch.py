@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import GripConfig
 from .engine.attaching import attach, patch_of
-from .engine.choice import Score
+from .engine.choice import Score, drops_inside
 from .engine.layers import check_layers
 from .engine.upstream import check_language_model, is_untested
 from .errors import ScorerError, UnsupportedModelError
@@ -104,15 +104,15 @@ def apply_grip(
     promised = find(calibration, asked.folder, settings.quality is not None)
     if settings.quality is not None:
         _handle(parts, settings, chosen, asked.scorer, rows, promised).promise(settings.quality)
-    if promised is not None and getattr(chosen, "inside", False):
+    if promised is not None and drops_inside(chosen):
         if settings.quality is not None:
             raise UnsupportedModelError(
                 f"quality is not defined for selectors that drop tokens within the language model, got {chosen!r}"
             )
         promised = None
     check_language_model(parts.language_model)
-    if getattr(chosen, "inside", False):
-        check_layers(parts.language_model, chosen)  # type: ignore[arg-type]
+    if drops_inside(chosen):
+        check_layers(parts.language_model, chosen)
     if is_untested():
         from .doctor.guard import vouch  # imported late: only then are tiny models needed
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import GripConfig
+from ..engine.choice import drops_inside
 from ..errors import UnsupportedModelError
 from ..patch import apply_grip, remove_grip
 
@@ -37,7 +38,7 @@ class Chooser:
         """
         chosen = {"scorer": self.scorer, "selector": self.selector, "force": self.force, **self.tower}
         apply_grip(model, self.config, num_tokens=1, **chosen)
-        if getattr(model.grip.selector, "inside", False):
+        if drops_inside(model.grip.selector):
             name = model.grip.config.selector
             remove_grip(model)
             raise UnsupportedModelError(f"a quality is not defined for {name!r}, which drops tokens between layers")

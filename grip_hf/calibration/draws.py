@@ -78,9 +78,9 @@ def table(
     times = None if latency is None else times_of(json.loads(latency.read_text(encoding="utf-8")), seen.budgets)
     if times is not None:
         seen = dataclasses.replace(seen, seconds=np.array(times.ttft) - times.vision)
-    used = rows + fresh  # of each draw, by itself if there are enough
     if rows + max(fresh, 1) > len(seen):
         raise typer.BadParameter(f"--rows {rows} and --fresh {fresh} are more than the {len(seen)} scenes answered")
+    used = rows + fresh  # by each draw, apart from the others if there are enough
     apart = draws * used <= len(seen)
     found = []
     rng = np.random.default_rng(seed)
@@ -91,8 +91,8 @@ def table(
         wanted = [float(quality) for quality in qualities.split(",")]
         found += [{"draw": number, **row} for row in one_draw(seen, order, rows, wanted, confidence, rule, times)]
     looked = fresh or len(seen) - rows
-    how = "no scene in two draws" if fresh else "no scene in two calibrations"
-    how = how if apart else f"drawn anew each time from {len(seen)} scenes"
+    alone = "no scene in two draws" if fresh else "no scene in two calibrations"
+    how = alone if apart else f"drawn anew each time from {len(seen)} scenes"
     title = f"{draws} draws of {rows} scenes to calibrate on and {looked} fresh ones, {how}; rule: {rule}"
     told = Table(COLUMNS, summary(found, looked), title)
     typer.echo(told.markdown())

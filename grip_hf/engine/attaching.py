@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from . import upstream
+from .choice import drops_inside
 from .context import Hook, forget_hook
 from .hooks import AfterHook, BeforeHook, Boundary, LanguageModelHook
 from .layers import hook_layers
@@ -23,21 +24,20 @@ def attach(boundary: Boundary, selector_hooks: list[Any]) -> None:
     owner, base, language_model = boundary.parts.owner, boundary.parts.base, boundary.parts.language_model
     before_owner, before_base = (BeforeHook(boundary, name) for name in ("before_owner", "before_base"))
     after_owner, after_base = (AfterHook(boundary, name) for name in ("after_owner", "after_base"))
-    hung, boundary.tapped = list(selector_hooks), bool(selector_hooks)
-    boundary.removable = hung
+    boundary.removable, boundary.tapped = list(selector_hooks), bool(selector_hooks)
     if owner is not base:
-        hung += [
+        boundary.removable += [
             owner.register_forward_pre_hook(before_owner, with_kwargs=True),
             owner.register_forward_hook(after_owner, with_kwargs=True, always_call=True),
         ]
-    hung += [
+    boundary.removable += [
         base.register_forward_pre_hook(before_base, with_kwargs=True),
         base.register_forward_hook(after_base, with_kwargs=True, always_call=True),
         language_model.register_forward_pre_hook(LanguageModelHook("before"), with_kwargs=True),
         language_model.register_forward_hook(LanguageModelHook("after"), with_kwargs=True, always_call=True),
     ]
-    if getattr(boundary.selector, "inside", False):
-        hung += hook_layers(language_model, boundary.selector)  # type: ignore[arg-type]
+    if drops_inside(boundary.selector):
+        boundary.removable += hook_layers(language_model, boundary.selector)
     methods: list[Any] = [Generate(owner, boundary)] if hasattr(type(owner), "generate") else []
     if selector_hooks or boundary.encodes_once:
         methods += _encoders(base)

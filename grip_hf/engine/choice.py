@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,7 +22,15 @@ from .plan import identity_plan, make_plan
 from .reading import Question, read_question
 from .taps import attached_taps
 
+if TYPE_CHECKING:
+    from ..selectors.inside import InsideSelector
+
 Score = Callable[[VisualBatch], Tensor | None]
+
+
+def drops_inside(selector: object) -> TypeGuard[InsideSelector]:
+    """Whether a selector drops tokens between the layers of the language model, and not before it."""
+    return bool(getattr(selector, "inside", False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +101,7 @@ def _ask(selector: Score, groups: Groups, batch: VisualBatch, question: Question
     start = time.perf_counter()
     scores = selector(batch)
     milliseconds = 1000 * (time.perf_counter() - start)
-    if scores is None and getattr(selector, "inside", False):
+    if scores is None and drops_inside(selector):
         return Choice(groups, batch, None, call.visual, None, question.text, milliseconds)  # it drops between layers
     if not isinstance(scores, Tensor) or scores.shape != groups.mask.shape or not scores.is_floating_point():
         got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__

@@ -24,7 +24,7 @@ from . import routing, upstream
 from .arguments import check, prune_arguments
 from .budget import Budget
 from .cache import find, given_back, logical_of, physical, returned, set_states, state_of, states_of
-from .choice import Score, choose, last_call, make_step
+from .choice import Score, choose, drops_inside, last_call, make_step
 from .context import (
     CallContext,
     Hook,
@@ -110,7 +110,7 @@ class Boundary:
         if not _several(given):
             return None
         routed = upstream.router_loss(self.parts.owner.config, given) and not self.budget().everything
-        mask = routing.own_mask(given, getattr(self.selector, "inside", False)) if routed else None
+        mask = routing.own_mask(given, drops_inside(self.selector)) if routed else None
         push(CallContext(self, labels=labels_of(given), router_mask=mask))
         return None if mask is None else ((), {**given, "attention_mask": mask})
 

@@ -111,7 +111,7 @@ def real_tokens(mask: Any, past: int, visual: Tensor) -> Tensor:
     """[B, L] bool: which tokens of this call are not padding, from the attention mask(s) of the unpruned call."""
     batch, length = visual.shape
     if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
+        mask = mask.get(upstream.FULL, next(iter(mask.values()), None))
     if mask is None:
         return torch.ones_like(visual)
     if mask.ndim == 2:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..config import GripConfig
-from ..engine.choice import Score
+from ..engine.choice import Score, drops_inside
 from ..errors import ConfigError, ScorerError, UnsupportedModelError
 from .drop import TowerDrops
 from .facts import Tower, attends, find_tower, width_of
@@ -76,7 +76,7 @@ def check_fits(scorer: TowerScorer, tower: Tower, boundary: Boundary) -> None:
 def refuse_selector(selector: Any) -> None:
     """Raise `ConfigError` for a selector of visual tokens that needs what dropped rows cannot give."""
     name = getattr(selector, "name", None) or type(selector).__name__
-    if getattr(selector, "inside", False):
+    if drops_inside(selector):
         raise ConfigError(
             f"selector {name!r} lets all visual tokens into the language model, those too whose rows the vision "
             "tower dropped; choose another selector, or tower_keep_ratio=None"

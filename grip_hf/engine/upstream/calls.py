@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from .names import CACHE_NAMES, ENCODED, HANDLED, PAGED, PER_TOKEN, PICTURES, RECURRENT, UNTOUCHED, unknown
+from .names import CACHE_NAMES, ENCODED, HANDLED, PAGED, PER_TOKEN, PICTURES, RECURRENT, SLIDING, UNTOUCHED, unknown
 
 
 def check_mask_sizes(cache: Cache | None, query_length: int, held: int) -> None:
@@ -144,7 +144,7 @@ def sliding_window(config: Any) -> int | None:
     """Positions that the language model's sliding layers see; None if it has no such layer."""
     reach = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None)
-    return reach if reach is not None and (layers is None or "sliding_attention" in layers) else None
+    return reach if reach is not None and (layers is None or SLIDING in layers) else None
 
 
 def router_loss(config: Any, arguments: Mapping[str, Any]) -> bool:
