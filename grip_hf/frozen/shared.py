@@ -28,7 +28,7 @@ except ImportError:  # not on Windows; there two processes may encode the same p
 
 logger = logging.getLogger(__name__)
 FEATURES, TAP = "features", "tap:"
-SPARE = 0.1  # of the disk is left free
+SPARE = 1 << 30, 0.1  # bytes, or the share of a small disk, that are left free
 SAMPLED = 64  # values of each weight that tell models apart
 
 
@@ -70,7 +70,7 @@ class SharedPictures:
 
     def _keep(self, path: Path, encoded: Encoded) -> None:
         usage = shutil.disk_usage(self.folder)
-        if usage.free - encoded.nbytes > SPARE * usage.total:
+        if usage.free - encoded.nbytes > min(SPARE[0], SPARE[1] * usage.total):
             with contextlib.suppress(FileError):
                 write_whole(path, partial(_write, encoded))
                 return

@@ -1,6 +1,8 @@
 """Encoded pictures in a folder: each is computed once in all, and is what it would be without the folder."""
 
 import datetime
+import shutil
+from collections import namedtuple
 
 import pytest
 import torch
@@ -20,6 +22,19 @@ from grip_hf.frozen.vlm import FrozenVLM
 pytestmark = TRAINING
 CPU = torch.device("cpu")
 PICTURES = 6
+GIB = 1 << 30
+Usage = namedtuple("Usage", "total used free")  # as shutil.disk_usage answers
+
+
+@pytest.fixture(autouse=True)
+def disk(monkeypatch):
+    """Sets how large a disk is and how much of it is free, which tests must not learn from the machine they run on."""
+
+    def resize(total, free):
+        monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(total, total - free, free))
+
+    resize(100 * GIB, 50 * GIB)
+    return resize
 
 
 def watch(model):
@@ -41,6 +56,9 @@ def examples(rank=0, world=1):
 
 def work(rank, folder):
     torch.set_num_threads(1)
+    shutil.disk_usage = lambda path: Usage(
+        100 * GIB, 50 * GIB, 50 * GIB
+    )  # a process of its own, out of the fixture's reach
     limit = datetime.timedelta(minutes=5)
     dist.init_process_group("gloo", f"file://{folder}/meet", world_size=2, rank=rank, timeout=limit)
     model, processor = build_vlm()
@@ -90,7 +108,7 @@ def test_what_is_read_is_what_was_written(tmp_path, several):
     assert len(calls) == 1
 
 
-def test_damaged_files_and_full_disks(tmp_path, monkeypatch):
+def test_damaged_files_and_full_disks(tmp_path, disk):
     encoded, calls = Encoded(torch.randn(1, 4, HIDDEN), {}), []
     store = SharedPictures(tmp_path, "mark")
 
@@ -102,11 +120,27 @@ def test_damaged_files_and_full_disks(tmp_path, monkeypatch):
     (tmp_path / "mark" / "ab12.safetensors").write_bytes(b"cut")
     assert torch.equal(store.get("ab12", encode, CPU).features, encoded.features) and len(calls) == 2
     assert torch.equal(store.get("ab12", encode, CPU).features, encoded.features) and len(calls) == 2
-    monkeypatch.setattr("grip_hf.frozen.shared.SPARE", 1.0)
+    disk(1000 * GIB, GIB)
     for number in (3, 4):
         assert torch.equal(store.get("ff00", encode, CPU).features, encoded.features) and len(calls) == number
     assert store.full and torch.equal(store.get("ab12", encode, CPU).features, encoded.features) and len(calls) == 4
     assert not (tmp_path / "mark" / "ff00.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "taken"),
+    [
+        (4000 * GIB, 2 * GIB, True),  # a shared disk is hardly ever a tenth free
+        (4000 * GIB, GIB // 2, False),
+        (GIB, GIB // 5, True),  # and one in memory never has a spare gigabyte
+        (GIB, GIB // 11, False),
+    ],
+)
+def test_a_large_disk_keeps_a_gigabyte_free_and_a_small_one_a_tenth(tmp_path, disk, total, free, taken):
+    disk(total, free)
+    store = SharedPictures(tmp_path, "mark")
+    store.get("ab12", lambda: Encoded(torch.randn(1, 4, HIDDEN), {}), CPU)
+    assert (tmp_path / "mark" / "ab12.safetensors").exists() == taken != store.full
 
 
 def test_other_models_have_other_marks():
