@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from grip_hf import apply_grip
 from grip_hf.pocket.examples import PocketExamples
-from grip_hf.pocket.model import WEIGHTS
+from grip_hf.pocket.testbeds import DEFAULT, get_testbed
 
 LANGUAGE_MODEL_ONLY = r".*(language_model|text_model)\.layers.*(q|k|v|o|gate|up|down)_proj"
 POCKET = {"model_name_or_path": "pocket", "dataset_name": "pocket", "use_peft": True, "bf16": False}
@@ -33,17 +33,19 @@ class GripArguments:
     selector: str = dataclasses.field(default="grip", metadata={"help": "Who chooses; 'grip' needs a scorer."})
     scorer: str | None = dataclasses.field(default=None, metadata={"help": "Folder or Hub id of a scorer."})
     examples: int = dataclasses.field(default=20_000, metadata={"help": "Pocket questions.", "aliases": ["--rows"]})
+    testbed: str = dataclasses.field(default=DEFAULT.name, metadata={"help": "Which pocket model and dataset."})
     merge: bool = dataclasses.field(default=False, metadata={"help": "Also write the model with its adapters merged."})
 
 
-def pocket_rows(rows, seed):
-    for scene, question in map(PocketExamples(rows, seed).look, range(rows)):
+def pocket_rows(rows, seed, testbed=DEFAULT.name):
+    for scene, question in map(PocketExamples(rows, seed, testbed=testbed).look, range(rows)):
         prompt, completion = f"<s><image>{question.text}", f" {question.answer} </s>"
         yield {"images": [scene.image], "prompt": prompt, "completion": completion}
 
 
 def main(script_args, training_args, model_args, grip_args):
-    name = WEIGHTS if model_args.model_name_or_path == "pocket" else model_args.model_name_or_path
+    name = model_args.model_name_or_path
+    name = get_testbed(grip_args.testbed).weights if name == "pocket" else name
     model = AutoModelForImageTextToText.from_pretrained(
         name,
         dtype=model_args.dtype,
@@ -52,21 +54,20 @@ def main(script_args, training_args, model_args, grip_args):
     )
     apply_grip(model, scorer=grip_args.scorer, keep_ratio=grip_args.keep_ratio, selector=grip_args.selector)
     if script_args.dataset_name == "pocket":
-        data = Dataset.from_generator(pocket_rows, gen_kwargs={"rows": grip_args.examples, "seed": training_args.seed})
+        which = {"rows": grip_args.examples, "seed": training_args.seed, "testbed": grip_args.testbed}
+        data = Dataset.from_generator(pocket_rows, gen_kwargs=which)
     else:
         data = load_dataset(script_args.dataset_name, split=script_args.dataset_train_split)
     training_args.max_length = None  # cutting could take visual tokens away from their picture
     model_args.lora_target_modules = model_args.lora_target_modules or LANGUAGE_MODEL_ONLY
-    processor, peft_config = AutoProcessor.from_pretrained(name), trl.get_peft_config(model_args)
-    trainer = trl.SFTTrainer(
-        model, training_args, train_dataset=data, processing_class=processor, peft_config=peft_config
-    )
+    processor, lora = AutoProcessor.from_pretrained(name), trl.get_peft_config(model_args)
+    trainer = trl.SFTTrainer(model, training_args, train_dataset=data, processing_class=processor, peft_config=lora)
     folder = training_args.output_dir
     trainer.train(resume_from_checkpoint=any(Path(folder).glob("checkpoint-*")) or None)
     trainer.save_model(folder)
     if trainer.accelerator.is_main_process:
         model.grip.save_pretrained(f"{folder}/grip")
-        if grip_args.merge and peft_config:
+        if grip_args.merge and lora:
             whole = AutoModelForImageTextToText.from_pretrained(name, dtype=model_args.dtype)
             whole = PeftModel.from_pretrained(whole, folder).merge_and_unload()
             for part in (apply_grip(whole, scorer=f"{folder}/grip"), processor):

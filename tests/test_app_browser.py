@@ -97,7 +97,7 @@ class User:
             cards = [card.text for card in self.find("#answers .card")]
         except Exception:  # the page has just replaced them
             return None
-        found = [re.fullmatch(r".*\n(.+)\n(\d+) of 144 visual tokens .*", text) for text in cards]
+        found = [re.fullmatch(r".*\n(.+)\n(\d+) of 256 visual tokens .*", text) for text in cards]
         return [(one[1], int(one[2])) for one in found] if len(found) == 2 and all(found) else None
 
     def wait_for_tokens(self, count, seconds=120):
@@ -142,21 +142,21 @@ def answers_of(scene, questions, percent):
 
 def test_asking_on_the_page(open_page, tmp_path):
     user = open_page()
-    assert [tokens for _, tokens in user.cards()] == [144, 16]
+    assert [tokens for _, tokens in user.cards()] == [256, 28]
     wait_for(lambda: user.find("#kept img") and user.find("#scores img"))
     assert user.browser.save_screenshot(os.environ.get("GRIP_SCREENSHOT", str(tmp_path / "page.png")))
 
-    # The ends of the slider: one token, and all of them, which changes nothing.
+    # The ends of the slider: 1 %, and all of them, which changes nothing.
     user.choose(percent=1)
     user.ask()
-    user.wait_for_tokens(1)
+    user.wait_for_tokens(3)
     user.choose(percent=100)
     user.ask()
-    full, pruned = user.wait_for_tokens(144)
+    full, pruned = user.wait_for_tokens(256)
     assert full == pruned
     user.choose(percent=11)
     user.ask()
-    user.wait_for_tokens(16)
+    user.wait_for_tokens(28)
 
     # An empty question is refused on the page, which goes on working.
     user.choose(question="")
@@ -164,7 +164,7 @@ def test_asking_on_the_page(open_page, tmp_path):
     wait_for(lambda: "Ask a question." in user.see())
     user.choose(question="is there any lemon", percent=25)
     user.ask()
-    user.wait_for_tokens(36)
+    user.wait_for_tokens(64)
 
 
 def test_broken_and_other_pictures(open_page, tmp_path):
@@ -182,9 +182,9 @@ def test_broken_and_other_pictures(open_page, tmp_path):
     user.choose(question=question, percent=25)
     wait_for(lambda: user.find("#picture img"))
     user.ask()
-    shown = user.wait_for_tokens(36)
+    shown = user.wait_for_tokens(64)
     (full,), (pruned,) = answers_of(scene, [question], 25)
-    assert shown == [(full, 144), (pruned, 36)]
+    assert shown == [(full, 256), (pruned, 64)]
 
 
 def test_two_people_at_once(open_page, tmp_path):
@@ -204,5 +204,5 @@ def test_two_people_at_once(open_page, tmp_path):
             user.ask()
         for (user, scene, question), percent in zip(people, budgets, strict=True):
             (full,), (pruned,) = answers_of(scene, [question], percent)
-            tokens = 144 * percent // 100
-            assert user.wait_for_tokens(tokens) == [(full, 144), (pruned, tokens)]
+            tokens = 256 * percent // 100
+            assert user.wait_for_tokens(tokens) == [(full, 256), (pruned, tokens)]

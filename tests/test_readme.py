@@ -111,7 +111,7 @@ def test_the_first_snippet_runs_as_it_stands_and_prints_what_its_comments_say(ca
     first = fenced("python", README.read_text(encoding="utf-8"))[0]
     exec(compile(first, "README, first snippet", "exec"), {})
     told = re.findall(r"^print\(.*\)  # (\S+)", first, re.MULTILINE)
-    assert capsys.readouterr().out.split() == told == ["purple", "16"]
+    assert capsys.readouterr().out.split() == told == ["white", "28"]
 
 
 def test_the_readme_is_short():
@@ -146,37 +146,36 @@ def test_every_selector_has_its_row():
     assert set(OURS) <= named, sorted(set(OURS) - named)
 
 
-def accuracies():
-    """Right answers in % by selector, a number per budget, from the table of the evaluation's page."""
-    table = PAGES["evaluation"].split("| visual tokens kept |")[1].split("\n\n")[0]
+def accuracies(page):
+    """Right answers in % by selector, a number per budget, from the first such table of a page, one a testbed."""
+    table = PAGES[page].split("| visual tokens kept |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| (\w+)(?: \([^|]*\))? \| ([^\n]*) \|$", table, re.MULTILINE)
     return {name: [float(cell) for cell in cells.split(" | ")] for name, cells in rows}
 
 
 def test_the_default_is_the_best_of_those_that_need_no_training_and_nothing_of_the_tower():
-    """The rule that `apply_grip` states, applied to the figures."""
-    found = accuracies()
-    assert set(found) == set(OURS) - {LEARNED} and all(len(row) == 5 for row in found.values())
+    """The rule that `apply_grip` states, applied to the figures of both testbeds."""
+    both = [accuracies(page) for page in ("evaluation", "pocket")]
+    for found in both:
+        assert set(found) - {"pooled"} == set(OURS) - {LEARNED} and all(len(row) == 5 for row in found.values())
     variants = {"cdpruner_max"}  # ours, not a published method
     plain = {name for name, cls in OURS.items() if not cls.needs and not cls.inside} - {LEARNED} - variants
-    assert {"similarity", "diversity", "cdpruner", "grid", "random"} <= plain & set(found)
-    assert max(plain & set(found), key=lambda name: sum(found[name])) == TRAINING_FREE
+    assert {"similarity", "diversity", "cdpruner", "grid", "random"} <= plain
+    assert max(plain, key=lambda name: sum(sum(found[name]) for found in both)) == TRAINING_FREE
 
 
 def test_the_figures_of_the_first_table_are_those_of_the_evaluation():
-    evaluation, found = PAGES["evaluation"], accuracies()
     rows = re.findall(
         r"^\| \**(\w+)\**,?[^|]*\| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|$", README.read_text("utf-8"), re.MULTILINE
     )
     assert len(rows) == 5
-    untrained, trained = (PAGES["pocket"].split("| visual tokens kept |")[number] for number in (1, 2))
-    for name, right, elsewhere, time in rows:
-        page, before = (trained, 1) if name == "grip" else (untrained, 2)  # there at 25, 11, ... and at 50, 25, 11 %
-        assert re.search(rf"^\| \**{name}\**[^|]*(\| [^|]+){{{before}}}\| {re.escape(elsewhere)}", page, re.MULTILINE)
-        if name != "grip":
-            assert float(right) == found[name][2]
-        assert re.search(rf"^\| \**{name}\**[^|]*(\| [^|]+){{2}}\| {re.escape(right)}", evaluation, re.MULTILINE)
-        assert re.search(rf"^\| {name} \| [\d.]+ \| [\d.]+ \| {re.escape(time)} ", evaluation, re.MULTILINE)
+    for name, *told, time in rows:
+        for page, right in zip(("evaluation", "pocket"), told, strict=True):
+            if name != "grip":
+                assert float(right) == accuracies(page)[name][2]
+            row = re.search(rf"^\| \**{name}\**[^|]*(\| [^|]+){{2}}\| ([\d.]+)", PAGES[page], re.MULTILINE)
+            assert row[2] == right, (page, name)
+        assert re.search(rf"^\| {name} \| [\d.]+ \| [\d.]+ \| {re.escape(time)} ", PAGES["evaluation"], re.MULTILINE)
 
 
 def test_the_supported_models_are_those_of_the_registry():

@@ -20,6 +20,7 @@ import typer
 
 from ..evaluation.budgets import Budget, kept_of
 from ..files import check_writable, write_json
+from ..pocket.testbeds import DEFAULT
 from ..tables import Column, Table
 from .bound import binomial, rows_needed
 from .calibrate import SHARE, answered, best_fixed, same_answer
@@ -46,13 +47,14 @@ def answer(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
     scorer: Annotated[str | None, typer.Option(help="Folder of a scorer; without it, the one that ships.")] = None,
     features: Annotated[bool, typer.Option("--features", help="Keep what else may tell doubt (see `head`).")] = False,
+    testbed: Annotated[str, typer.Option(help='Whose model and scenes: "pocket2" or "pocket".')] = DEFAULT.name,
 ) -> None:
     """Ask the pocket model about fresh scenes at every budget."""
     from ..pocket.examples import OnePerScene, load_pocket_model
 
     check_writable(output)
-    model, processor = load_pocket_model()
-    rows = OnePerScene(examples, seed, styles=tuple(styles.split(",")))
+    model, processor = load_pocket_model(testbed=testbed)
+    rows = OnePerScene(examples, seed, testbed, styles=tuple(styles.split(",")))
     ratios = [float(one) for one in budgets.split(",")]
     chooser = Chooser(scorer)
     observe(model, processor, rows, chooser, ratios, batch_size, max_new_tokens, features=features).save(output)

@@ -72,11 +72,12 @@ def demo(
     budgets: Annotated[str, typer.Option(help="Keep ratios of the summary, separated by commas.")] = "0.25,0.11,0.05",
     show: Annotated[str, typer.Option(help="Selector of the table and the picture.")] = "grip",
     keep_ratio: Annotated[float, typer.Option(help="Keep ratio of the table and the picture.")] = 0.11,
-    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")] = 12,
+    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")] = 6,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first scene; choose any.")] = 0,
     picture: Annotated[
         Path, typer.Option(callback=in_folder, help="Where to write the picture of the kept tokens.")
     ] = Path("grip_demo.png"),
+    testbed: options.Testbed = options.TESTBED,
     json_file: JsonFile = None,
 ) -> None:
     """Watch a real, trained LLaVA answer questions with all of its visual tokens and with a fraction of them."""
@@ -93,7 +94,7 @@ def demo(
     if unknown:
         raise typer.BadParameter(f"unknown selectors {unknown}; choose from {', '.join(sorted(SELECTORS))}")
     with console.status("loading") as status:
-        result = run_demo(names, ratios, (show, _ratio(str(keep_ratio))), scenes, seed, status.update)
+        result = run_demo(names, ratios, (show, _ratio(str(keep_ratio))), scenes, seed, status.update, testbed)
     answers = [{**dataclasses.asdict(row), "of": f"{row.kept}/{row.total}"} for row in result.rows]
     title = f"{show} keeps {keep_ratio:.0%} of the visual tokens"
     console.print(

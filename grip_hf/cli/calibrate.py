@@ -23,7 +23,7 @@ LADDER = "0.03,0.05,0.07,0.11,0.18,0.25,0.5"
 def calibrate(
     context: typer.Context,
     pocket: options.Pocket = False,
-    testbed: options.Testbed = "pocket",
+    testbed: options.Testbed = options.TESTBED,
     model: options.Model = None,
     scorer: Scorer = None,
     selector: Selector = None,

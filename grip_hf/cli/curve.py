@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def curve(
     context: typer.Context,
     pocket: options.Pocket = False,
-    testbed: options.Testbed = "pocket",
+    testbed: options.Testbed = options.TESTBED,
     model: options.Model = None,
     scorer: Scorer = None,
     selector: Selector = None,

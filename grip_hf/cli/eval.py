@@ -15,7 +15,7 @@ from .screen import JsonFile, budget_list, failures, in_folder, quiet, say, spli
 def eval_command(
     context: typer.Context,
     pocket: options.Pocket = False,
-    testbed: options.Testbed = "pocket",
+    testbed: options.Testbed = options.TESTBED,
     model: options.Model = None,
     dataset: options.Dataset = None,
     split: options.Split = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from . import options
 from .screen import console, say
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class ModelChoice:
     quantize: str | None = None
     device_map: str | None = None
     attn_implementation: str | None = None
-    testbed: str = "pocket"
+    testbed: str = options.TESTBED
 
     def __post_init__(self) -> None:
         if self.pocket == (self.model is not None) or (self.model is None) != (self.dataset is None):

@@ -38,6 +38,18 @@ def _renamed(word: str) -> str:
     return f"--{normal(name)}{mark}{value}"
 
 
+# The default first. Their own module loads numpy, which help would wait for.
+TESTBEDS = ("pocket2", "pocket")
+TESTBED = TESTBEDS[0]
+
+
+def _testbed(value: str) -> str:
+    """The name of a testbed; raises `BadParameter` for another one."""
+    if value not in TESTBEDS:
+        raise typer.BadParameter(f"must be one of {', '.join(TESTBEDS)}, got {value!r}")
+    return value
+
+
 def _depth(value: float | None) -> float | None:
     """A number of layers as one, which options give as floats; raises `BadParameter` for what is no depth."""
     if value is None:
@@ -52,7 +64,9 @@ def _depth(value: float | None) -> float | None:
 
 
 Pocket = Annotated[bool, typer.Option("--pocket", help="The pocket model and its scenes.")]
-Testbed = Annotated[str, typer.Option(help='With --pocket: which one, "pocket" or "pocket2".')]
+Testbed = Annotated[
+    str, typer.Option(callback=_testbed, help='Which pocket model and scenes: "pocket2", or the first, "pocket".')
+]
 PocketModel = Annotated[Path | None, typer.Option(help="Folder of another pocket model than the shipped one.")]
 Model = Annotated[str | None, typer.Option(help="Or: id or folder of a model.")]
 Dataset = Annotated[str | None, typer.Option(help="With --model: id, folder or file of a dataset.")]

@@ -12,6 +12,7 @@ from .screen import failures, say
 
 def serve(
     pocket: options.Pocket = False,
+    testbed: options.Testbed = options.TESTBED,
     model: options.Model = None,
     scorer: Annotated[
         str | None, typer.Option(help="Folder or Hub id of a scorer; else the one of the model.")
@@ -45,7 +46,7 @@ def serve(
     from transformers.cli.serve import Serve
 
     from ..patch import apply_grip
-    from ..pocket.model import WEIGHTS
+    from ..pocket.testbeds import get_testbed
 
     class PrunedServe(Serve):
         """Transformers' server, whose models are pruned before anyone gets them."""
@@ -68,7 +69,7 @@ def serve(
     with failures():
         try:
             PrunedServe(
-                force_model=str(WEIGHTS) if model is None else model,
+                force_model=str(get_testbed(testbed).weights) if model is None else model,
                 host=host,
                 port=port,
                 device=device,

@@ -83,7 +83,7 @@ def train_command(
     metric: options.Metric = "exact",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure a few steps and estimate the rest.")] = False,
     pocket_model: options.PocketModel = None,
-    testbed: options.Testbed = "pocket",
+    testbed: options.Testbed = options.TESTBED,
 ) -> None:
     """Train a scorer: supervised warm-up, then GRPO on TRL's trainer (or the relaxation that it is compared with).
 

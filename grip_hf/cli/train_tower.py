@@ -47,7 +47,7 @@ def train_tower(
     dtype: options.Dtype = "auto",
     attn_implementation: options.Attention = None,
     pocket_model: options.PocketModel = None,
-    testbed: options.Testbed = "pocket",
+    testbed: options.Testbed = options.TESTBED,
 ) -> None:
     """Train what chooses the rows that leave the vision tower, for a scorer that chooses among the tokens left."""
     choice = ModelChoice.of(context)

@@ -66,8 +66,9 @@ _CLIP_L = _clip(1024, 24, 16)
 
 SHAPES = {
     "tiny": Shape("llava", _text("llama", 64, 128, 2, 4, 4, 128), _clip(32, 2, 2, 56), 16),
-    # The model in grip_hf/pocket, and its questions.
+    # The models in grip_hf/pocket, and their questions.
     "pocket": Shape("llava", _text("llama", 192, 576, 4, 6, 6, 159), _clip(160, 5, 5, 192, 16), 144, words=8),
+    "pocket2": Shape("llava", _text("llama", 256, 768, 6, 8, 8, 162), _clip(256, 6, 8, 256, 16), 256, words=8),
     "small": Shape("llava", _text("llama", 1024, 2816, 12, 16, 16, 32064), _clip(512, 8, 8), 576),
     "llava-1.5-7b": Shape("llava", _VICUNA_7B, _CLIP_L, 576),
     # A 672 x 672 picture: the whole and 2 x 2 tiles, each row of which ends with a newline token.

@@ -10,8 +10,7 @@ from ..families.table import find_parts
 from ..hub.checkpoint import SUBFOLDER, attached_folder
 from ..hub.resolve import check_scorer
 from ..pocket.examples import PocketExamples
-from ..pocket.model import WEIGHTS
-from ..pocket.testbeds import POCKET
+from ..pocket.testbeds import DEFAULT, POCKET
 from ..scorer.model import GripScorer
 from ..selectors import SELECTORS, get_selector
 from ..selectors.grip import GripSelector
@@ -20,14 +19,14 @@ from .methods import Oracle, Pruned
 from .runner import Judged
 from .shrinking import Enlarged, Pooled, Shrunk
 
-SHIPPED_FOLDER = WEIGHTS.parent / "scorers"  # but for "grip", which is the GRIP part of the pocket checkpoint
+SHIPPED_FOLDER = POCKET.weights.parent / "scorers"  # but for "grip", which is the GRIP part of the pocket checkpoint
 SHIPPED = ("grip", "warmup", "relaxed")
 ORACLE = "oracle"
 SHRINKING = {DOWNSAMPLING: Shrunk, POOLED: Pooled, ENLARGED: Enlarged}
 BASELINES = ("random", "grid", "cls_attention", "similarity", "diversity")
 
 
-def pocket_examples(examples: int, seed: int = 0, testbed: str = POCKET.name) -> PocketExamples:
+def pocket_examples(examples: int, seed: int = 0, testbed: str = DEFAULT.name) -> PocketExamples:
     """Held-out questions about pocket scenes that nothing was trained on, every kind equally often.
 
     Args:
@@ -42,7 +41,7 @@ def named_selectors(
     specs: Iterable[str],
     seed: int = 0,
     pocket: bool = True,
-    testbed: str = POCKET.name,
+    testbed: str = DEFAULT.name,
     own: str | None = None,
 ) -> dict[str, Judged | list[Judged]]:
     """Selectors from what a user writes.
@@ -93,7 +92,7 @@ def choose_selectors(
     seed: int = 0,
     pocket: bool = True,
     force: bool = False,
-    testbed: str = POCKET.name,
+    testbed: str = DEFAULT.name,
 ) -> tuple[dict[str, Judged | list[Judged]], list[str]]:
     """Selectors for a model: those asked for, or its own scorer and baselines.
 
@@ -143,4 +142,4 @@ def is_scorer(one: Judged | Sequence[Judged]) -> bool:
 
 def shipped_scorer(name: str) -> GripScorer:
     """A scorer for the pocket model that comes with the package."""
-    return GripScorer.from_pretrained(WEIGHTS / SUBFOLDER if name == "grip" else SHIPPED_FOLDER / name)
+    return GripScorer.from_pretrained(POCKET.weights / SUBFOLDER if name == "grip" else SHIPPED_FOLDER / name)

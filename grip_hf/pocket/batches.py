@@ -13,7 +13,7 @@ from grip_hf.pocket.dense import dense_labels
 from grip_hf.pocket.packing import Packed, pack
 from grip_hf.pocket.perception import patch_labels
 from grip_hf.pocket.scenes import Scene, make_scene
-from grip_hf.pocket.testbeds import POCKET, POCKET2, Testbed
+from grip_hf.pocket.testbeds import DEFAULT, POCKET, POCKET2, Testbed
 
 WORD_IDS = {token: i for i, token in enumerate(POCKET2.words)}  # the first testbed's words come first
 AGAIN = 0.25  # share of the scenes of the second testbed that are seen at full resolution twice
@@ -59,7 +59,7 @@ def dense_targets(scenes: Sequence[Scene], testbed: Testbed, side: int) -> dict[
     return {name: torch.from_numpy(np.stack([label[name] for label in labels])) for name in labels[0]}
 
 
-def to_lesson(scenes: Sequence[Scene], testbed: Testbed = POCKET) -> Lesson:
+def to_lesson(scenes: Sequence[Scene], testbed: Testbed = DEFAULT) -> Lesson:
     """Turn scenes into tensors."""
     pixels = np.stack([np.asarray(scene.image) for scene in scenes]).transpose(0, 3, 1, 2)
     return Lesson(
@@ -87,7 +87,7 @@ class Lessons(Dataset):
     rank: int = 0
     world: int = 1
     seed: int = 0
-    testbed: Testbed = POCKET
+    testbed: Testbed = DEFAULT
 
     @property
     def views(self) -> int:

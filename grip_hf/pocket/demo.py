@@ -12,11 +12,10 @@ from transformers import LlavaProcessor
 
 from grip_hf.config import GripConfig
 from grip_hf.patch import apply_grip, remove_grip
-from grip_hf.pocket.dense import TOKENS
-from grip_hf.pocket.model import load_pocket_llava
-from grip_hf.pocket.places import PATCHES
+from grip_hf.pocket.model import load_pocket
 from grip_hf.pocket.questions import Question
 from grip_hf.pocket.scenes import Scene, make_scene
+from grip_hf.pocket.testbeds import DEFAULT, Testbed, get_testbed
 from grip_hf.viz import contact_sheet, draw_kept
 
 NEW_TOKENS = 4  # the longest answer is three letters and the end
@@ -28,12 +27,12 @@ class Reply:
 
     Attributes:
         text: What the model said.
-        kept: Indices of the visual tokens that the language model saw.
+        kept: Indices of the visual tokens that the language model saw; None: all.
         ms: Milliseconds of the whole `generate` call.
     """
 
     text: str
-    kept: tuple[int, ...]
+    kept: tuple[int, ...] | None
     ms: float
 
 
@@ -80,9 +79,10 @@ def run_demo(
     selectors: Sequence[str],
     budgets: Sequence[float],
     show: tuple[str, float],
-    scenes: int = 12,
+    scenes: int = 6,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
+    testbed: str = DEFAULT.name,
 ) -> Demo:
     """Ask all questions of some held-out scenes, unpruned and with each selector at each budget.
 
@@ -93,27 +93,30 @@ def run_demo(
         scenes: Number of scenes, >= 1; the first two are in the table and the picture.
         seed: Seed of the first scene.
         progress: Called with a line of text as each part begins.
+        testbed: "pocket" or "pocket2".
 
     Raises:
-        ValueError: `scenes` is less than 1.
+        ValueError: `scenes` is less than 1, or there is no such testbed.
     """
     if scenes < 1:
         raise ValueError(f"scenes={scenes} must be >= 1")
-    loaded = load_pocket_llava()
+    chosen = get_testbed(testbed)
+    loaded = load_pocket(testbed)
     model: Any = loaded[0]  # transformers narrows the type of `generate` too far for its own models
     processor = loaded[1]
-    shown = [make_scene(seed + i) for i in range(scenes)]
+    shown = [make_scene(seed + i, testbed=testbed) for i in range(scenes)]
     progress("unpruned answers")
     remove_grip(model)
     full = ask_all(model, processor, shown)
-    summary = [_cell("none", 1.0, shown, full)]
+    summary = [_cell("none", 1.0, shown, full, chosen)]
     for selector in selectors:
         for keep_ratio in budgets:
             progress(f"{selector} at {keep_ratio:.0%}")
             apply_grip(model, GripConfig(keep_ratio=keep_ratio, selector=selector))
-            summary.append(_cell(selector, keep_ratio, shown, ask_all(model, processor, shown)))
+            summary.append(_cell(selector, keep_ratio, shown, ask_all(model, processor, shown), chosen))
     progress("one question at a time")
-    rows, picture = _side_by_side(model, processor, shown[:2], GripConfig(keep_ratio=show[1], selector=show[0]))
+    config = GripConfig(keep_ratio=show[1], selector=show[0])
+    rows, picture = _side_by_side(model, processor, shown[:2], config, chosen)
     return Demo(rows, summary, picture)
 
 
@@ -125,8 +128,8 @@ def ask_one(model: Any, processor: LlavaProcessor, scene: Scene, question: Quest
     ms = 1000 * (time.perf_counter() - begin)
     text = processor.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     pruned = hasattr(model, "grip")
-    kept = model.grip.kept_tokens(out)[0].tolist() if pruned else range(TOKENS)
-    return Reply(text.strip(), tuple(kept), ms)
+    kept = tuple(model.grip.kept_tokens(out)[0].tolist()) if pruned else None
+    return Reply(text.strip(), kept, ms)
 
 
 @torch.no_grad()
@@ -142,15 +145,15 @@ def ask_all(model: Any, processor: LlavaProcessor, scenes: Sequence[Scene]) -> l
     return answers
 
 
-def _cell(selector: str, keep_ratio: float, scenes: Sequence[Scene], answers: Sequence[str]) -> Cell:
+def _cell(selector: str, keep_ratio: float, scenes: Sequence[Scene], answers: Sequence[str], testbed: Testbed) -> Cell:
     questions = [question for scene in scenes for question in scene.questions]
     right = sum(answer == question.answer for answer, question in zip(answers, questions, strict=True))
-    tokens = GripConfig(keep_ratio=keep_ratio).num_kept(TOKENS)
+    tokens = GripConfig(keep_ratio=keep_ratio).num_kept(testbed.tokens)
     return Cell(selector, keep_ratio, tokens, right, len(questions))
 
 
 def _side_by_side(
-    model: Any, processor: LlavaProcessor, scenes: Sequence[Scene], config: GripConfig
+    model: Any, processor: LlavaProcessor, scenes: Sequence[Scene], config: GripConfig, testbed: Testbed
 ) -> tuple[list[Comparison], Image.Image]:
     """The table, and a picture of each scene beside what was kept for its first questions of different kinds."""
     rows, sheet = [], []
@@ -161,7 +164,7 @@ def _side_by_side(
             full = ask_one(model, processor, scene, question)
             apply_grip(model, config)
             pruned = ask_one(model, processor, scene, question)
-            kept = len(pruned.kept)
+            kept = pruned.kept or ()
             rows.append(
                 Comparison(
                     question.kind,
@@ -169,17 +172,18 @@ def _side_by_side(
                     question.answer,
                     full.text,
                     pruned.text,
-                    kept,
-                    TOKENS,
+                    len(kept),
+                    testbed.tokens,
                     full.ms,
                     pruned.ms,
                 )
             )
             caption = f"{question.text}\nfull: {full.text}   pruned: {pruned.text}"
-            captions.setdefault(question.kind, (draw_kept(scene.image, pruned.kept, (PATCHES, PATCHES), 384), caption))
+            drawn = draw_kept(scene.image, kept, (testbed.side,) * 2, 384)
+            captions.setdefault(question.kind, (drawn, caption))
         best = [captions[kind] for kind in ("colour", "relation", "reading") if kind in captions]
         whole = scene.image.resize((384, 384), Image.Resampling.LANCZOS)
-        title = f"all {TOKENS} visual tokens\nright: {config.selector}, {config.keep_ratio:.0%} of them"
+        title = f"all {testbed.tokens} visual tokens\nright: {config.selector}, {config.keep_ratio:.0%} of them"
         sheet.append([(whole, title), *best])
     remove_grip(model)
     return rows, contact_sheet(sheet)

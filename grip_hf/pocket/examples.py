@@ -16,7 +16,7 @@ from . import model as shipped
 from .questions import Question
 from .scenes import Scene, make_scene
 from .sprites import STYLES
-from .testbeds import POCKET, TESTBEDS, get_testbed
+from .testbeds import DEFAULT, TESTBEDS, get_testbed
 
 # Train scenes from here on were not used to train the pocket models.
 FIRST_TRAIN_SCENE = 500_000_000
@@ -44,7 +44,7 @@ class PocketExamples:
         rows: int,
         seed: int = 0,
         split: str = "train",
-        testbed: str = POCKET.name,
+        testbed: str = DEFAULT.name,
         styles: tuple[str, ...] = STYLES[:2],
     ) -> None:
         if testbed not in TESTBEDS:
@@ -101,7 +101,7 @@ class OnePerScene:
     """
 
     def __init__(
-        self, rows: int, seed: int = 0, testbed: str = POCKET.name, styles: tuple[str, ...] = STYLES[:2]
+        self, rows: int, seed: int = 0, testbed: str = DEFAULT.name, styles: tuple[str, ...] = STYLES[:2]
     ) -> None:
         if not styles or set(styles) - set(STYLES):
             raise ConfigError(f"styles must be one or more of {STYLES}, got {styles!r}")
@@ -127,11 +127,11 @@ def oracle_order(scene: Scene, question: Question) -> list[int]:
     return list(dict.fromkeys([*question.evidence, *others, *rest]))
 
 
-def load_pocket_model(folder: str | Path | None = None, testbed: str = POCKET.name) -> tuple[Any, Any]:
+def load_pocket_model(folder: str | Path | None = None, testbed: str = DEFAULT.name) -> tuple[Any, Any]:
     """The model that is shipped for a testbed, or another one of its kind from a folder, in float32.
 
     Raises:
-        SourceError: There is none.
+        SourceError: There is none, or it is another testbed's.
     """
     if folder is None:
         try:
@@ -139,4 +139,8 @@ def load_pocket_model(folder: str | Path | None = None, testbed: str = POCKET.na
         except (FileNotFoundError, ValueError) as error:
             raise SourceError(str(error)) from error
     model, processor = load_model(str(folder))
+    size = model.config.get_text_config().vocab_size
+    others = [one.name for one in TESTBEDS.values() if one.name != testbed and len(one.words) == size]
+    if others:
+        raise SourceError(f"the model in {folder} is one of testbed {others[0]!r}, not of {testbed!r}")
     return model.to(torch.float32), processor

@@ -17,9 +17,9 @@ from transformers.models.clip import CLIPImageProcessorPil
 
 from grip_hf.pocket.names import name_for_all_readers
 from grip_hf.pocket.places import PATCH_SIZE
-from grip_hf.pocket.testbeds import POCKET, Testbed, get_testbed
+from grip_hf.pocket.testbeds import DEFAULT, POCKET, Testbed, get_testbed
 
-WEIGHTS = POCKET.weights
+WEIGHTS = DEFAULT.weights
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] + ' ' }}"
@@ -34,7 +34,7 @@ SHAPES = {  # tower and language model of each testbed: width, width of the MLP,
 
 
 def load_pocket(
-    testbed: str = POCKET.name, dtype: torch.dtype = torch.float32
+    testbed: str = DEFAULT.name, dtype: torch.dtype = torch.float32
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load the shipped model of a testbed and its processor. Needs no network.
 
@@ -49,8 +49,7 @@ def load_pocket(
         ValueError: There is no such testbed.
         FileNotFoundError: The package was installed without its data.
     """
-    chosen = get_testbed(testbed)
-    folder = WEIGHTS if chosen is POCKET else chosen.weights
+    folder = get_testbed(testbed).weights
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"the pocket model's weights are missing from {folder}; reinstall grip-hf")
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
@@ -58,8 +57,8 @@ def load_pocket(
 
 
 def load_pocket_llava(dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load the pocket LLaVA of the first testbed; see `load_pocket`."""
-    return load_pocket(POCKET.name, dtype)
+    """Load the pocket LLaVA of the default testbed; see `load_pocket`."""
+    return load_pocket(DEFAULT.name, dtype)
 
 
 def save_pocket(model: LlavaForConditionalGeneration, testbed: Testbed, folder: Path) -> None:
@@ -69,7 +68,7 @@ def save_pocket(model: LlavaForConditionalGeneration, testbed: Testbed, folder: 
     build_processor(testbed).save_pretrained(folder)
 
 
-def build_processor(testbed: Testbed = POCKET) -> LlavaProcessor:
+def build_processor(testbed: Testbed = DEFAULT) -> LlavaProcessor:
     """Build the stock processor: one token a word, letters as tokens, pictures of the testbed's size."""
     ids = {token: i for i, token in enumerate(testbed.words)}
     tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
@@ -102,7 +101,7 @@ def build_processor(testbed: Testbed = POCKET) -> LlavaProcessor:
     )
 
 
-def build_model(seed: int = 0, testbed: Testbed = POCKET) -> LlavaForConditionalGeneration:
+def build_model(seed: int = 0, testbed: Testbed = DEFAULT) -> LlavaForConditionalGeneration:
     """Build the untrained LLaVA of a testbed: a CLIP tower and a Llama of the widths and depths in `SHAPES`.
 
     The first one's output layer is tied to its word embeddings. The second one's is not, as in LLaVA-1.5.

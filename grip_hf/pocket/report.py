@@ -13,7 +13,7 @@ from grip_hf.pocket.lessons2 import make_trainer
 from grip_hf.pocket.model import load_pocket
 from grip_hf.pocket.scenes import make_scene
 from grip_hf.pocket.sprites import STYLES
-from grip_hf.pocket.testbeds import POCKET, TESTBEDS
+from grip_hf.pocket.testbeds import DEFAULT, TESTBEDS
 from grip_hf.tables import Column, Table
 
 COLUMNS = (
@@ -47,7 +47,7 @@ def accuracies(
 
 
 def report(
-    testbed: Annotated[str, typer.Option(help=f"Which testbed: {' or '.join(TESTBEDS)}.")] = POCKET.name,
+    testbed: Annotated[str, typer.Option(help=f"Which testbed: {' or '.join(TESTBEDS)}.")] = DEFAULT.name,
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first scene.")] = 0,
     styles: Annotated[str, typer.Option(help=f"Art styles, separated by commas, of {', '.join(STYLES)}.")] = (

@@ -12,7 +12,7 @@ from grip_hf.pocket.questions import Question, ask
 from grip_hf.pocket.questions2 import ask_more
 from grip_hf.pocket.scatter import Placed, draw_places
 from grip_hf.pocket.sprites import STYLES
-from grip_hf.pocket.testbeds import POCKET, POCKET2, get_testbed
+from grip_hf.pocket.testbeds import DEFAULT, POCKET2, get_testbed
 
 SPLITS = ("train", "test")
 
@@ -33,7 +33,7 @@ class Scene:
 
 
 def make_scene(
-    seed: int, split: str = "test", styles: tuple[str, ...] = STYLES[:2], testbed: str = POCKET.name
+    seed: int, split: str = "test", styles: tuple[str, ...] = STYLES[:2], testbed: str = DEFAULT.name
 ) -> Scene:
     """Compose one scene.
 

@@ -25,7 +25,7 @@ from grip_hf.pocket.lessons import PocketTrainer
 from grip_hf.pocket.lessons2 import make_trainer
 from grip_hf.pocket.model import build_model, save_pocket
 from grip_hf.pocket.report import accuracies
-from grip_hf.pocket.testbeds import POCKET, get_testbed
+from grip_hf.pocket.testbeds import DEFAULT, POCKET, get_testbed
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
@@ -39,7 +39,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 def train_pocket(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished model.")],
-    testbed: Annotated[str, typer.Option(help='Whose model: "pocket" or "pocket2".')] = POCKET.name,
+    testbed: Annotated[str, typer.Option(help='Whose model: "pocket" or "pocket2".')] = DEFAULT.name,
     see_steps: Annotated[int, typer.Option(help="Steps of stage see.")] = 1500,
     speak_steps: Annotated[int, typer.Option(help="Steps of stage speak, which pocket2 has not.")] = 2200,
     both_steps: Annotated[int, typer.Option(help="Steps of stage both.")] = 450,

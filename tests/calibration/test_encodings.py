@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from first_testbed import OnePerScene, load_pocket_llava
 from versions import TRAINING
 
 from grip_hf import apply_grip, remove_grip
@@ -13,8 +14,6 @@ from grip_hf.calibration.observe import Observed, observe
 from grip_hf.errors import ConfigError
 from grip_hf.evaluation import stopwatch
 from grip_hf.frozen.vlm import _stacked
-from grip_hf.pocket import load_pocket_llava
-from grip_hf.pocket.examples import OnePerScene
 
 HALF = {"tower_keep_ratio": 0.5, "tower_selector": "distance"}
 

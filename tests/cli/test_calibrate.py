@@ -11,6 +11,7 @@ import torch
 from answered import observed
 from classroom import build_vlm, rows
 from datasets import Dataset
+from first_testbed import FIRST, load_pocket_llava, make_scene
 from typer.testing import CliRunner
 from versions import TRAINING
 
@@ -20,13 +21,24 @@ from grip_hf.cli.app import app
 from grip_hf.cli.folder import with_default
 from grip_hf.errors import ConfigError
 from grip_hf.families.table import find_parts
-from grip_hf.pocket import load_pocket_llava, make_scene
 from grip_hf.quality.promise import QUALITY_FILE, Calibration
 from grip_hf.tower.facts import find_tower, width_of
 from grip_hf.tower.scorer import TowerScorer, TowerScorerConfig
 
 pytestmark = TRAINING
-FEW = ["calibrate", "--pocket", "--examples", "72", "--quality", "0.8,0.9", "--budgets", "5,24", "--batch-size", "36"]
+FEW = [
+    "calibrate",
+    "--pocket",
+    *FIRST,
+    "--examples",
+    "72",
+    "--quality",
+    "0.8,0.9",
+    "--budgets",
+    "5,24",
+    "--batch-size",
+    "36",
+]
 
 
 def run(*arguments):
@@ -172,7 +184,7 @@ def test_the_curve(tmp_path, tower):
     pytest.importorskip("matplotlib")
     picture, file = tmp_path / "curve.png", tmp_path / "curve.json"
     done = run(
-        "curve", "--pocket", "--examples", "60", "--quality", "0.8", "--budgets", "0.05,0.25", "--rounds", "2",
+        "curve", "--pocket", *FIRST, "--examples", "60", "--quality", "0.8", "--budgets", "0.05,0.25", "--rounds", "2",
         "--output", picture, "--json", file, "--max-new-tokens", "8", "--cpu-time", *tower,
     )  # fmt: skip
     assert done.exit_code == 0 and "smallest budget within 1 points" in done.output, done.output

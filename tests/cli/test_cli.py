@@ -6,19 +6,21 @@ import sys
 from importlib import metadata
 
 import pytest
+from first_testbed import FIRST, load_pocket_llava, make_scene
 from typer.testing import CliRunner
 
 import grip_hf
+from grip_hf.cli import options
 from grip_hf.cli.app import app
-from grip_hf.pocket import load_pocket_llava, make_scene
+from grip_hf.pocket.testbeds import DEFAULT, TESTBEDS
 
 runner = CliRunner()
 
 
 def test_demo_shows_what_the_model_says(tmp_path):
     data, picture = tmp_path / "demo.json", tmp_path / "kept.png"
-    options = ["--scenes", "1", "--seed", "3", "--selectors", "grid", "--budgets", "0.25", "--keep-ratio", "0.11"]
-    result = runner.invoke(app, ["demo", *options, "--picture", str(picture), "--json", str(data)])
+    words = ["--scenes", "1", "--seed", "3", "--selectors", "grid", "--budgets", "0.25", "--keep-ratio", "0.11"]
+    result = runner.invoke(app, ["demo", *FIRST, *words, "--picture", str(picture), "--json", str(data)])
     assert result.exit_code == 0, result.output
     shown = json.loads(data.read_text())
     scene = make_scene(3)
@@ -39,9 +41,14 @@ def test_demo_shows_what_the_model_says(tmp_path):
     assert shown["summary"][1]["tokens"] == 36
 
 
+def test_the_options_name_the_testbeds_that_there_are():
+    assert set(options.TESTBEDS) == set(TESTBEDS) and DEFAULT.name == options.TESTBED
+
+
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("words", "said"),
     [
+        (["--testbed", "pocket3"], "must be one of pocket2, pocket, got 'pocket3'"),
         (["--keep-ratio", "0"], "(0, 1]"),
         (["--budgets", "0.5,much"], "'much'"),
         (["--selectors", "gird"], "'gird'"),
@@ -49,9 +56,9 @@ def test_demo_shows_what_the_model_says(tmp_path):
         (["--picture", "nowhere/kept.png"], "nowhere"),
     ],
 )
-def test_bad_options_are_named_and_nothing_is_written(options, said, tmp_path):
+def test_bad_options_are_named_and_nothing_is_written(words, said, tmp_path):
     picture = tmp_path / "kept.png"
-    result = runner.invoke(app, ["demo", "--picture", str(picture), *options])
+    result = runner.invoke(app, ["demo", *FIRST, "--picture", str(picture), *words])
     assert result.exit_code == 2 and said in result.output and not picture.exists()
 
 
@@ -85,7 +92,7 @@ def test_a_picture_is_whole_or_not_there(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
         words = ["--scenes", "1", "--selectors", "grid", "--budgets", "0.25", "--picture", str(picture)]
-        result = runner.invoke(app, ["demo", *words])
+        result = runner.invoke(app, ["demo", *FIRST, *words])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert result.exit_code == 1 and "cannot be written" in result.output and not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from first_testbed import WEIGHTS
 from tiny import EVERY
 from transformers import AutoConfig
 from typer.testing import CliRunner
@@ -13,7 +14,6 @@ from grip_hf import GripConfig, apply_grip, patch
 from grip_hf.cli.app import app
 from grip_hf.doctor import tiny
 from grip_hf.engine.upstream import names
-from grip_hf.pocket.model import WEIGHTS
 
 runner = CliRunner()
 

@@ -11,11 +11,11 @@ import urllib.request
 from io import BytesIO
 
 import pytest
+from first_testbed import FIRST, load_pocket_llava, make_scene
 from typer.testing import CliRunner
 
 from grip_hf import apply_grip
 from grip_hf.cli.app import app
-from grip_hf.pocket import load_pocket_llava, make_scene
 
 pytest.importorskip("openai", reason="the extra 'serve' is not installed")
 
@@ -31,7 +31,7 @@ def server():
     """The pocket model with 16 of its 144 tokens; its address, and where its log is read."""
     port = free_port()
     code = "import sys; sys.argv[0] = 'grip-hf'; from grip_hf.cli.app import app; app()"
-    words = ["serve", "--pocket", "--budgets", "16", "--port", str(port), "--device", "cpu"]
+    words = ["serve", "--pocket", *FIRST, "--budgets", "16", "--port", str(port), "--device", "cpu"]
     running = subprocess.Popen(
         [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from classroom import build_vlm, rows
 from datasets import Dataset
+from first_testbed import FIRST
 from typer.testing import CliRunner
 from versions import TRAINING
 
@@ -121,7 +122,18 @@ def test_rows_that_stream_and_pictures_that_stay(command, model_folder, tmp_path
 
 @TRAINING
 def test_options_of_trl_reach_it(command, model_folder, tmp_path):
-    words = ["--pocket", "--pocket-model", model_folder, "--examples", "18", "--eval-examples", "0", *SMALL, *SCORER]
+    words = [
+        "--pocket",
+        *FIRST,
+        "--pocket-model",
+        model_folder,
+        "--examples",
+        "18",
+        "--eval-examples",
+        "0",
+        *SMALL,
+        *SCORER,
+    ]
     done = command("--output", tmp_path, *words, "--gradient_accumulation_steps", "2", "--top-entropy-quantile", "0.5")
     assert done.exit_code == 0, done.output
     plan = json.loads((tmp_path / "plan.json").read_text())["plan"]
@@ -132,7 +144,18 @@ def test_options_of_trl_reach_it(command, model_folder, tmp_path):
 
 @TRAINING
 def test_a_dry_run_measures_and_leaves_nothing(command, model_folder, tmp_path):
-    words = ["--pocket", "--pocket-model", model_folder, "--examples", "18", "--eval-examples", "0", *SMALL, *SCORER]
+    words = [
+        "--pocket",
+        *FIRST,
+        "--pocket-model",
+        model_folder,
+        "--examples",
+        "18",
+        "--eval-examples",
+        "0",
+        *SMALL,
+        *SCORER,
+    ]
     done = command("--output", tmp_path / "run", *words, "--warmup-steps", "3000", "--dry-run")
     assert done.exit_code == 0, done.output
     assert "18 questions to train on, 0 held out" in done.output and not (tmp_path / "run").exists()
@@ -144,7 +167,7 @@ def test_a_dry_run_measures_and_leaves_nothing(command, model_folder, tmp_path):
 
 @TRAINING
 def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
-    pocket = ["--pocket", "--pocket-model", model_folder, "--rows", "18", "--eval-examples", "0"]
+    pocket = ["--pocket", *FIRST, "--pocket-model", model_folder, "--rows", "18", "--eval-examples", "0"]
     done = command("--output", tmp_path, *pocket, *SMALL, *SCORER, "--method", "relaxed")
     assert done.exit_code == 0, done.output
     scorers = [GripScorer.from_pretrained(tmp_path / name / "scorer") for name in ("warmup", "relaxed")]
@@ -161,7 +184,7 @@ def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
 
 @TRAINING
 def test_a_run_that_goes_on_from_the_models_own_scorer(command, tmp_path):
-    words = ["--pocket", "--scorer", "grip", "--steps", "0", "--rows", "18", "--eval-examples", "0", "--cpu"]
+    words = ["--pocket", *FIRST, "--scorer", "grip", "--steps", "0", "--rows", "18", "--eval-examples", "0", "--cpu"]
     done = command("--output", tmp_path, *words)
     assert done.exit_code == 0, done.output
     found, shipped = GripScorer.from_pretrained(tmp_path).state_dict(), shipped_scorer("grip").state_dict()
@@ -202,7 +225,10 @@ def test_a_run_that_goes_on_from_the_models_own_scorer(command, tmp_path):
         (["--pocket", "--target", "magic"], "target must be one of"),
         (["--pocket", "--batch", "10"], "divisible by num_generations"),
         (["--pocket", "--report-to", "nowhere"], "nowhere is not supported"),
-        (["--pocket", "--pocket-model", "{model}", "--scorer", "grip", "--eval-examples", "0"], "no scorer came with"),
+        (
+            ["--pocket", *FIRST, "--pocket-model", "{model}", "--scorer", "grip", "--eval-examples", "0"],
+            "no scorer came with",
+        ),
     ],
 )
 @TRAINING

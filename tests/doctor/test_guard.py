@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from first_testbed import load_pocket_llava
 from tiny import TEXT, TINY, build
 from transformers import LlamaForCausalLM
 
@@ -19,7 +20,6 @@ from grip_hf.doctor.isolation import Drawing, undisturbed
 from grip_hf.doctor.tiny import make
 from grip_hf.engine.upstream import TESTED, is_untested, names
 from grip_hf.errors import UnsupportedModelError
-from grip_hf.pocket import load_pocket_llava
 
 NEWER = "5.999.0"
 CHOICE = {"keep_ratio": 0.5, "selector": "grid"}

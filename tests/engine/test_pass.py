@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
+from first_testbed import load_pocket_llava, make_scene
 from versions import NO_TRAINING
 
 import grip_hf
 from grip_hf import apply_grip
-from grip_hf.pocket import load_pocket_llava, make_scene
 
 ROOT = pathlib.Path(grip_hf.__file__).parent
 # What a selector computes is its own affair; the pass ends at its door.

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from classroom import build_vlm, rows
+from first_testbed import FIRST
 from typer.testing import CliRunner
 from versions import TRAINING
 
@@ -177,7 +178,7 @@ def test_an_evaluation_tells_all_of_it():
 def test_the_command_prints_hard_questions_compute_and_calibration(tmp_path):
     from grip_hf.cli.app import app
 
-    words = ["--pocket", "--examples", "9", "--budgets", "0.03", "--selectors", "fastv,grid,downsampling"]
+    words = ["--pocket", *FIRST, "--examples", "9", "--budgets", "0.03", "--selectors", "fastv,grid,downsampling"]
     result = CliRunner().invoke(app, ["eval", *words, "--calibration", "--json", str(tmp_path / "found.json")])
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())

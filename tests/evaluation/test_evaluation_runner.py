@@ -7,6 +7,7 @@ import pytest
 import torch
 import typer
 from classroom import TOKENS, build_vlm, make_scorer, rows
+from first_testbed import FIRST, WEIGHTS, PocketExamples, load_pocket_llava
 from typer.testing import CliRunner
 from versions import TRAINING
 
@@ -19,9 +20,6 @@ from grip_hf.evaluation.shrinking import Shrunk
 from grip_hf.evaluation.tasks import SHIPPED, SHIPPED_FOLDER, named_selectors, pocket_examples, shipped_scorer
 from grip_hf.frozen.data import DatasetExamples
 from grip_hf.patch import apply_grip, remove_grip
-from grip_hf.pocket import load_pocket_llava
-from grip_hf.pocket.examples import PocketExamples
-from grip_hf.pocket.model import WEIGHTS
 from grip_hf.scorer.model import ScorerError
 from grip_hf.selectors import SELECTORS, get_selector
 
@@ -112,7 +110,7 @@ def test_bad_budgets(budgets):
 @pytest.fixture(scope="module")
 def pocket():
     """The pocket model, its processor, and one question of each kind."""
-    drawn = pocket_examples(9, seed=5)
+    drawn = pocket_examples(9, 5, "pocket")
     return *load_pocket_llava(), [drawn[row] for row in range(9)]
 
 
@@ -133,7 +131,7 @@ def test_every_selector_answers_as_the_patched_model_does(name, pocket, monkeypa
         return ids[: ids.index(model.generation_config.eos_token_id) + 1] if 2 in ids else ids
 
     monkeypatch.setattr("grip_hf.evaluation.runner.Prompts", Watched)
-    selectors = {} if name == "unpruned" else named_selectors([name])
+    selectors = {} if name == "unpruned" else named_selectors([name], testbed="pocket")
     evaluate(model, processor, examples, selectors, [0.06], batch_size=9, progress=False)
     heard = heard[0 if name == "unpruned" else 9 :]
     assert len(heard) == 9 and len(heard[0]) > 3
@@ -220,7 +218,7 @@ def test_scorers_that_come_with_the_package(name):
 
 
 def test_pocket_examples_ask_every_kind_about_unseen_scenes():
-    held_out, train = pocket_examples(27, seed=3), PocketExamples(27, seed=3)
+    held_out, train = pocket_examples(27, 3, "pocket"), PocketExamples(27, seed=3)
     tasks = [held_out[row].columns["task"] for row in range(27)]
     assert len(set(tasks)) == 9 and all(2 <= tasks.count(task) <= 5 for task in set(tasks))
     assert held_out[4].messages[0]["content"][1] == held_out[4].messages[0]["content"][1]
@@ -250,8 +248,8 @@ def test_the_command_writes_a_table(command, tmp_path):
     processor.save_pretrained(tmp_path / "model")
     selectors = "random,grid"
     done = command(
-        "--pocket", "--pocket-model", str(tmp_path / "model"), "--selectors", selectors, "--budgets", "0.5,0.1",
-        "--examples", "18", "--seed", "11", "--json", str(tmp_path / "table.json"),
+        "--pocket", *FIRST, "--pocket-model", str(tmp_path / "model"), "--selectors", selectors,
+        "--budgets", "0.5,0.1", "--examples", "18", "--seed", "11", "--json", str(tmp_path / "table.json"),
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     data = json.loads((tmp_path / "table.json").read_text())
@@ -280,7 +278,7 @@ def test_the_command_refuses(command, args, message):
 @pytest.mark.slow
 def test_two_processes_make_the_table_of_one(tmp_path):
     """Under torchrun on gloo, with a last batch that is not full and a number of batches that is odd."""
-    arguments = ["eval", "--pocket", "--examples", "33", "--seed", "4"]
+    arguments = ["eval", "--pocket", *FIRST, "--examples", "33", "--seed", "4"]
     arguments += ["--selectors", "random,cls_attention,visionzip,downsampling,oracle", "--budgets", "0.4,0.1"]
     arguments += ["--batch-size", "7", "--json"]
     script = tmp_path / "run.py"

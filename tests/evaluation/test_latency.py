@@ -23,6 +23,7 @@ from grip_hf.evaluation.shapes import SHAPES, build_inputs, build_shape, get_sha
 from grip_hf.evaluation.stopwatch import SPANS, watched
 from grip_hf.families.table import find_parts
 from grip_hf.pocket.model import build_model as build_pocket
+from grip_hf.pocket.testbeds import TESTBEDS
 from grip_hf.selectors import get_selector
 
 SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64}
@@ -78,8 +79,11 @@ def test_the_floor_is_the_language_model_alone_on_what_was_kept():
         assert torch.equal(token, one._call()[0])
 
 
-def test_the_pocket_shape_is_that_of_the_pocket_model():
-    model, pocket = build_shape(get_shape("pocket"), "meta", torch.float32), build_pocket()
+@pytest.mark.parametrize("testbed", TESTBEDS.values(), ids=list(TESTBEDS))
+def test_the_pocket_shapes_are_those_of_the_pocket_models(testbed):
+    shape = get_shape(testbed.name)
+    model, pocket = build_shape(shape, "meta", torch.float32), build_pocket(testbed=testbed)
+    assert shape.tokens == testbed.tokens
     assert {n: p.shape for n, p in model.model.named_parameters()} == {
         n: p.shape for n, p in pocket.model.named_parameters()
     }
@@ -285,7 +289,7 @@ def test_a_model_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": "huge"}, "unknown model shape 'huge'; known ones are tiny, pocket, small"),
+        ({"model": "huge"}, "unknown model shape 'huge'; known ones are tiny, pocket, pocket2, small"),
         ({"selectors": ["nope"]}, "unknown selector 'nope'"),
         ({"budgets": [0]}, "keep_ratio must be a number in .0, 1., got 0"),
         ({"rounds": 0}, "rounds must be an integer >= 1, got 0"),

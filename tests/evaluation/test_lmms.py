@@ -7,12 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from first_testbed import WEIGHTS, load_pocket_llava, make_scene
 
 from grip_hf import apply_grip
 from grip_hf.errors import ConfigError, GripError, NonFiniteScoreError, UnsupportedModelError
 from grip_hf.evaluation.lmms.settings import Pruning, generation_arguments, split_arguments
-from grip_hf.pocket import load_pocket_llava, make_scene
-from grip_hf.pocket.model import WEIGHTS
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCENES = 3

@@ -35,7 +35,7 @@ def test_same_seed_same_scene_other_seed_other_scene():
     assert again.items == SCENES["test"][7].items and again.questions == SCENES["test"][7].questions
     assert make_scene(8, testbed="pocket2").items != again.items
     assert make_scene(7, "train", testbed="pocket2").items != again.items
-    assert again.image.size == (256, 256) and make_scene(7).image.size == (192, 192)
+    assert again.image.size == (256, 256) and make_scene(7, testbed="pocket").image.size == (192, 192)
 
 
 def test_the_splits_share_neither_words_nor_pairs():

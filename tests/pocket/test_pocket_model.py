@@ -4,21 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from first_testbed import WEIGHTS, load_pocket_llava, make_scene
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from grip_hf.pocket import load_pocket_llava, make_scene
 from grip_hf.pocket.batches import to_lesson
 from grip_hf.pocket.demo import ask_all
 from grip_hf.pocket.lessons import PocketTrainer, count_right
-from grip_hf.pocket.model import WEIGHTS, build_model
+from grip_hf.pocket.model import build_model
 from grip_hf.pocket.names import LEVEL, TOWER, name_for_all_readers
 from grip_hf.pocket.questions import QUESTION_KINDS
-from grip_hf.pocket.testbeds import get_testbed
+from grip_hf.pocket.testbeds import POCKET, TESTBEDS, get_testbed
 
 SCENES = [make_scene(seed) for seed in range(1000, 1008)]
 
@@ -47,7 +48,7 @@ def test_the_weights_of_the_tower_have_the_names_that_vllm_reads():
 
 
 def test_a_model_built_in_code_is_saved_with_the_names_that_all_readers_know(tmp_path):
-    model = build_model()
+    model = build_model(testbed=POCKET)
     model.save_pretrained(tmp_path)
     before = load_file(tmp_path / "model.safetensors")
     assert name_for_all_readers(tmp_path / "model.safetensors") == 87
@@ -84,7 +85,8 @@ def test_scoring_with_the_answer_fed_in_counts_what_generate_gets_right(pocket):
 
 def test_training_pixels_are_what_the_processor_gives(pocket):
     pixels = pocket[1](images=SCENES[1].image, text="<image>", return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(to_lesson(SCENES[1:2]).to(torch.device("cpu")).pixels, pixels, atol=1e-6, rtol=0)
+    lesson = to_lesson(SCENES[1:2], POCKET).to(torch.device("cpu"))
+    torch.testing.assert_close(lesson.pixels, pixels, atol=1e-6, rtol=0)
 
 
 def test_case_and_punctuation_do_not_matter(pocket):
@@ -100,7 +102,7 @@ def test_conversations_render(pocket):
 
 
 def test_missing_weights_are_named(monkeypatch, tmp_path):
-    monkeypatch.setattr("grip_hf.pocket.model.WEIGHTS", tmp_path)
+    monkeypatch.setitem(TESTBEDS, POCKET.name, replace(POCKET, weights=tmp_path))
     with pytest.raises(FileNotFoundError, match="reinstall"):
         load_pocket_llava()
 

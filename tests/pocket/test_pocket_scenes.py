@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from first_testbed import make_scene
 
 from grip_hf.pocket.dense import dense_labels
 from grip_hf.pocket.packing import IGNORE, PREFIX, pack
 from grip_hf.pocket.places import CELL_SIZE, IMAGE_SIZE, PATCH_SIZE, PATCHES
 from grip_hf.pocket.questions import CHANCE, QUESTION_KINDS
-from grip_hf.pocket.scenes import make_scene
 from grip_hf.pocket.splits import WORDS, pair_is_held_out, word_is_held_out
 from grip_hf.pocket.vocabulary import CATEGORIES, COLOURS, NUMBERS, vocabulary
 

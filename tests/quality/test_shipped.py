@@ -1,9 +1,9 @@
 """The promise that comes with the pocket model."""
 
 import torch
+from first_testbed import load_pocket_llava, make_scene
 
 from grip_hf import GripConfig, apply_grip
-from grip_hf.pocket import load_pocket_llava, make_scene
 from grip_hf.quality.promise import Calibration
 
 

@@ -4,11 +4,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from first_testbed import WEIGHTS
 from loopback_hub import Repo
 from vllm_engines import write_scorer
 
 from grip_hf.errors import GripError
-from grip_hf.pocket.model import WEIGHTS
 from grip_hf.serving.vllm.settings import Settings, asked, settle
 
 

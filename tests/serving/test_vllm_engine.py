@@ -1,10 +1,8 @@
 """The pocket LLaVA with the scorer that comes with it, inside a vLLM engine: equality, caches, chunks, budgets."""
 
 import pytest
+from first_testbed import WEIGHTS, load_pocket_llava, make_scene
 from vllm_engines import Ask, ask, engine, outputs, reference
-
-from grip_hf.pocket import load_pocket_llava, make_scene
-from grip_hf.pocket.model import WEIGHTS
 
 pytestmark = pytest.mark.vllm
 TOTAL, TOKENS = 144, 4

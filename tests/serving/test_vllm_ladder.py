@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from first_testbed import WEIGHTS, load_pocket_llava, make_scene
 from vllm_server import message, serve
 
 from grip_hf import apply_grip
 from grip_hf.engine.generation import writing
 from grip_hf.hub.resolve import describe_base
-from grip_hf.pocket import load_pocket_llava, make_scene
-from grip_hf.pocket.model import WEIGHTS
 from grip_hf.quality.identity import identity
 from grip_hf.quality.promise import Calibration, Promise
 

@@ -5,12 +5,11 @@ import json
 import random
 
 import pytest
+from first_testbed import WEIGHTS, load_pocket_llava, make_scene
 from vllm_engines import Ask, reference
 from vllm_server import message, refused, serve
 
 from grip_hf import GripConfig
-from grip_hf.pocket import load_pocket_llava, make_scene
-from grip_hf.pocket.model import WEIGHTS
 
 pytestmark = pytest.mark.vllm
 TOKENS = 4

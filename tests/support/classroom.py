@@ -8,6 +8,7 @@ from grip_hf.frozen.data import DatasetExamples
 from grip_hf.frozen.store import SampleStore
 from grip_hf.frozen.vlm import FrozenVLM
 from grip_hf.pocket.model import build_processor
+from grip_hf.pocket.testbeds import POCKET
 from grip_hf.pocket.vocabulary import vocabulary
 from grip_hf.scorer.model import GripScorer, GripScorerConfig
 
@@ -51,7 +52,7 @@ def build_vlm(seed=0, width=HIDDEN):
     model.generation_config.update(eos_token_id=ids["</s>"], pad_token_id=ids["<pad>"], bos_token_id=ids["<s>"])
     with torch.no_grad():  # visual tokens of the size of words, so that they matter
         model.model.multi_modal_projector.linear_2.weight.normal_(std=2)
-    processor = build_processor()
+    processor = build_processor(POCKET)
     processor.patch_size = 48
     return model.eval(), processor
 

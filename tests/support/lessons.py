@@ -1,9 +1,9 @@
 """Rows of the pocket world for trainers, which tokens a prompt alone keeps, and what the masked model says of them."""
 
 import torch
+from first_testbed import load_pocket_llava, make_scene
 
 from grip_hf import apply_grip
-from grip_hf.pocket import load_pocket_llava, make_scene
 
 RATIO = 0.11
 SCENES = (0, 1, 2, 3)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from classroom import HIDDEN, TOKENS, build_vlm, make_scorer, rows
+from first_testbed import FIRST
 from safetensors.torch import load_file, save_file
 from tiny import IMAGE, build, make_inputs, select_by_content
 from tower_reference import build_deep, watched
@@ -306,7 +307,7 @@ def test_the_command_trains_goes_on_and_leaves_what_apply_grip_takes(tmp_path):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     make_scorer().save_pretrained(tmp_path / "scorer")
-    words = ["train-tower", "--pocket", "--pocket-model", tmp_path / "model", "--scorer", tmp_path / "scorer"]
+    words = ["train-tower", "--pocket", *FIRST, "--pocket-model", tmp_path / "model", "--scorer", tmp_path / "scorer"]
     words += ["--output", tmp_path / "run", "--tower-depth", "1", "--keep-ratio", "0.25", "--device", "cpu"]
     words += ["--warmup-steps", "2", "--steps", "2", "--batch-size", "4", "--num-generations", "2", "--examples", "8"]
     words += ["--warmup-batch-size", "2", "--width", "8", "--budgets", "0.3,0.6"]

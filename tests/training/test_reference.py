@@ -8,13 +8,13 @@ import torch
 import trl
 from accelerate import Accelerator
 from datasets import Dataset
+from first_testbed import load_pocket_llava
 from lessons import OFFLINE, Watch, kept, kept_of_prompts, masked_logits, pruned, rows
 from transformers import TrainerCallback
 from versions import TRAINING
 
 from grip_hf import apply_grip, remove_grip
 from grip_hf.errors import ConfigError
-from grip_hf.pocket import load_pocket_llava
 from grip_hf.training import PruneReference, prune_like
 
 pytestmark = TRAINING

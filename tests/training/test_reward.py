@@ -4,6 +4,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from first_testbed import load_pocket_llava
 from lessons import OFFLINE
 from reference import held_positions, original_positions
 from tiny import IMAGE, PAD, TINY, make_inputs
@@ -11,7 +12,6 @@ from transformers import Gemma3ForSequenceClassification
 from versions import TRAINING
 
 from grip_hf import apply_grip, remove_grip
-from grip_hf.pocket import load_pocket_llava
 
 pytestmark = TRAINING
 ASKED = [[3, IMAGE, 4], [2, IMAGE, 5]]

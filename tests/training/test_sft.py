@@ -93,19 +93,19 @@ def test_trl_and_the_plain_trainer_agree_step_by_step(tmp_path, example):
     model, processor, lengths = adapted(0.11)
     args = trl.SFTConfig(str(tmp_path), max_length=None, gradient_checkpointing=False, **settings)
     losses, weights = run(trl.SFTTrainer(model, args, train_dataset=data, processing_class=processor))
-    assert len(losses) == STEPS and max(lengths) < 40  # 16 visual tokens and the words
+    assert len(losses) == STEPS and max(lengths) < 50  # 28 visual tokens and the words
 
     model, processor, lengths = adapted(0.11)
     args = TrainingArguments(str(tmp_path), **settings)
     plain, expected = run(Trainer(model, args, train_dataset=data, data_collator=plain_collate(processor)))
-    assert max(lengths) < 40 and losses == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    assert max(lengths) < 50 and losses == pytest.approx(plain, rel=1e-4, abs=1e-6)
     assert len(set(plain)) == STEPS and weights.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
 
     model, processor, lengths = adapted(1.0)  # the control: all tokens give other losses
     full, _ = run(Trainer(model, args, train_dataset=data, data_collator=plain_collate(processor)))
-    assert min(lengths) > 144 and full[0] != pytest.approx(plain[0], rel=1e-2)
+    assert min(lengths) > 256 and full[0] != pytest.approx(plain[0], rel=1e-2)
 
 
 def train(example, folder, rows=8, grip=(), settings=(), **model):
@@ -132,12 +132,12 @@ def test_adapters_and_pruning_come_back(tmp_path, example):
     base = load_pocket_llava()[0]
     loaded = peft.PeftModel.from_pretrained(base, tmp_path)
     before, kept = answer_logits(apply_grip(loaded, scorer=tmp_path / "grip"))
-    assert kept == 16 and base.grip.config.selector == "random"
+    assert kept == 28 and base.grip.config.selector == "random"
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert not any("lora" in name for name, _ in merged.named_parameters())
     after, kept = answer_logits(apply_grip(merged))  # its settings lie beside its weights
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
-    assert kept == 16
+    assert kept == 28
     untrained, _ = answer_logits(apply_grip(load_pocket_llava()[0], scorer=tmp_path / "grip"))
     assert (untrained - before).abs().max() > 0.1
 
@@ -172,4 +172,4 @@ def test_a_quantized_base_trains_on_the_cpu(tmp_path, example):
     assert (tmp_path / "grip" / "model.safetensors").is_file()
     loaded = peft.PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(WEIGHTS), tmp_path)
     logits, kept = answer_logits(apply_grip(loaded.float(), scorer=tmp_path / "grip"))
-    assert kept == 16 and logits.isfinite().all()
+    assert kept == 28 and logits.isfinite().all()

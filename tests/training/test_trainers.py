@@ -9,12 +9,11 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from first_testbed import load_pocket_llava
 from lessons import OFFLINE, Watch, kept_of_prompts, masked_logits, pruned, rows
 from transformers import Trainer, TrainingArguments
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from versions import SFT_OUTSIDE, TRAINING
-
-from grip_hf.pocket import load_pocket_llava
 
 pytestmark = TRAINING
 ROWS = list(rows())
