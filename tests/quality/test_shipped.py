@@ -1,14 +1,17 @@
-"""The promise that comes with the pocket model."""
+"""The promises that come with the pocket models."""
 
+import pytest
 import torch
-from first_testbed import load_pocket_llava, make_scene
 
 from grip_hf import GripConfig, apply_grip
+from grip_hf.pocket import load_pocket, make_scene
+from grip_hf.pocket.testbeds import TESTBEDS
 from grip_hf.quality.promise import Calibration
 
 
-def test_the_pocket_model_keeps_what_came_with_it():
-    model, processor = load_pocket_llava()
+@pytest.mark.parametrize("testbed", list(TESTBEDS))
+def test_a_pocket_model_keeps_what_came_with_it(testbed):
+    model, processor = load_pocket(testbed)
     handle = apply_grip(model, GripConfig(quality=0.98)).grip
     ladder = handle.promise(0.98).ladder
     assert isinstance(handle.calibration, Calibration) and ladder[-1] == 1.0
@@ -19,7 +22,7 @@ def test_the_pocket_model_keeps_what_came_with_it():
                 "content": [{"type": "image", "image": scene.image}, {"type": "text", "text": question.text}],
             }
         ]
-        for scene in map(make_scene, range(7700, 7706))
+        for scene in (make_scene(seed, testbed=testbed) for seed in range(7700, 7706))
         for question in scene.questions[:8]
     ]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -35,4 +38,4 @@ def test_the_pocket_model_keeps_what_came_with_it():
     same = sum(one == other for one, other in zip(*answers, strict=True))
     assert same >= 45 and len(set(answers[1])) > 10  # of 48; 98 % are promised
     assert 1 < len(set(looks)) <= len(ladder) and sum(looks) < 48 * 1.5
-    assert kept == [round(144 * ladder[number - 1]) for number in looks] and min(kept) < 30
+    assert kept == [round(TESTBEDS[testbed].tokens * ladder[number - 1]) for number in looks] and min(kept) < 30

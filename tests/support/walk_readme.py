@@ -23,7 +23,7 @@ REDUCED = {
     "demo": "--scenes 1 --selectors grip,grid --budgets 0.25",
     "train": f"{TRAIN} --eval-examples 2 --device cpu",
     "train-tower": TRAIN,
-    "eval": "--examples 9",
+    "eval": "--examples 9 --budgets 0.25,0.11",
     "calibrate": "--quality 0.5 --confidence 0.5 --budgets 0.25 --examples 12",
     "curve": "--quality 0.5 --confidence 0.5 --budgets 0.25 --rounds 1",
     "bench": "--model pocket --rounds 1 --decode-tokens 1",
