@@ -57,7 +57,9 @@ WIDE = (
 def bench(
     model: Annotated[
         str,
-        typer.Option(help="pocket, small, llava-1.5-7b, llava-next, qwen2.5-vl-7b; or id or folder of your model."),
+        typer.Option(
+            help="pocket2, pocket, small, llava-1.5-7b, llava-next, qwen2.5-vl-7b; or a model's id or folder."
+        ),
     ] = "small",
     picture: Annotated[Path | None, typer.Option(help="With your model: a picture; else noise, 672 x 672.")] = None,
     prompt: Annotated[str, typer.Option(help="With your model: the question.")] = "Describe the picture.",
