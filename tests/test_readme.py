@@ -165,17 +165,17 @@ def test_the_default_is_the_best_of_those_that_need_no_training_and_nothing_of_t
 
 
 def test_the_figures_of_the_first_table_are_those_of_the_evaluation():
-    rows = re.findall(
-        r"^\| \**(\w+)\**,?[^|]*\| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|$", README.read_text("utf-8"), re.MULTILINE
+    first = re.findall(
+        r"^\| \**(\w+)\**,?[^|]*((?:\| (?:[\d.]+ %|–) ){3})\|$", README.read_text("utf-8"), re.MULTILINE
     )
-    assert len(rows) == 5
-    for name, *told, time in rows:
+    times = PAGES["evaluation"].split("## How much time at equal accuracy?")[1]
+    assert len(first) == 5
+    for name, cells in first:
+        *told, time = re.findall(r"[\d.]+|–", cells)
         for page, right in zip(("evaluation", "pocket"), told, strict=True):
-            if name != "grip":
-                assert float(right) == accuracies(page)[name][2]
             row = re.search(rf"^\| \**{name}\**[^|]*(\| [^|]+){{2}}\| ([\d.]+)", PAGES[page], re.MULTILINE)
-            assert row[2] == right, (page, name)
-        assert re.search(rf"^\| {name} \| [\d.]+ \| [\d.]+ \| {re.escape(time)} ", PAGES["evaluation"], re.MULTILINE)
+            assert right in (row[2], "–"), (page, name)
+        assert re.search(rf"^\| {name} \| [\d.]+ \| [\d.]+ \| {re.escape(time)} ", times, re.MULTILINE), name
 
 
 def test_the_supported_models_are_those_of_the_registry():

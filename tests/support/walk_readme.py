@@ -26,7 +26,7 @@ REDUCED = {
     "eval": "--examples 9 --budgets 0.25,0.11",
     "calibrate": "--quality 0.5 --confidence 0.5 --budgets 0.25 --examples 12",
     "curve": "--quality 0.5 --confidence 0.5 --budgets 0.25 --rounds 1",
-    "bench": "--model pocket --rounds 1 --decode-tokens 1",
+    "bench": "--model pocket2 --rounds 1 --decode-tokens 1",
     "pareto": "",
     "grip_hf.pocket.report": "--scenes 1",
     "grip_hf.pocket.train": "--see-steps 1 --speak-steps 1 --both-steps 1 --batch 2 --eval-scenes 1",
