@@ -28,7 +28,7 @@ except ImportError:  # not on Windows; there two processes may encode the same p
 
 logger = logging.getLogger(__name__)
 FEATURES, TAP = "features", "tap:"
-SPARE = 1 << 30, 0.1  # bytes, or the share of a small disk, that are left free
+SPARE_BYTES, SPARE_SHARE = 1 << 30, 0.1  # of a disk are left free, whichever is less
 SAMPLED = 64  # values of each weight that tell models apart
 
 
@@ -70,7 +70,7 @@ class SharedPictures:
 
     def _keep(self, path: Path, encoded: Encoded) -> None:
         usage = shutil.disk_usage(self.folder)
-        if usage.free - encoded.nbytes > min(SPARE[0], SPARE[1] * usage.total):
+        if usage.free - encoded.nbytes > min(SPARE_BYTES, SPARE_SHARE * usage.total):
             with contextlib.suppress(FileError):
                 write_whole(path, partial(_write, encoded))
                 return

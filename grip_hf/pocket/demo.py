@@ -27,12 +27,12 @@ class Reply:
 
     Attributes:
         text: What the model said.
-        kept: Indices of the visual tokens that the language model saw; None: all.
+        kept: Indices of the visual tokens that stayed; none of an unpruned model, where nothing was chosen.
         ms: Milliseconds of the whole `generate` call.
     """
 
     text: str
-    kept: tuple[int, ...] | None
+    kept: tuple[int, ...]
     ms: float
 
 
@@ -128,8 +128,8 @@ def ask_one(model: Any, processor: LlavaProcessor, scene: Scene, question: Quest
     ms = 1000 * (time.perf_counter() - begin)
     text = processor.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     pruned = hasattr(model, "grip")
-    kept = tuple(model.grip.kept_tokens(out)[0].tolist()) if pruned else None
-    return Reply(text.strip(), kept, ms)
+    kept = model.grip.kept_tokens(out)[0].tolist() if pruned else ()
+    return Reply(text.strip(), tuple(kept), ms)
 
 
 @torch.no_grad()
@@ -164,7 +164,6 @@ def _side_by_side(
             full = ask_one(model, processor, scene, question)
             apply_grip(model, config)
             pruned = ask_one(model, processor, scene, question)
-            kept = pruned.kept or ()
             rows.append(
                 Comparison(
                     question.kind,
@@ -172,14 +171,14 @@ def _side_by_side(
                     question.answer,
                     full.text,
                     pruned.text,
-                    len(kept),
+                    len(pruned.kept),
                     testbed.tokens,
                     full.ms,
                     pruned.ms,
                 )
             )
             caption = f"{question.text}\nfull: {full.text}   pruned: {pruned.text}"
-            drawn = draw_kept(scene.image, kept, (testbed.side,) * 2, 384)
+            drawn = draw_kept(scene.image, pruned.kept, (testbed.side,) * 2, 384)
             captions.setdefault(question.kind, (drawn, caption))
         best = [captions[kind] for kind in ("colour", "relation", "reading") if kind in captions]
         whole = scene.image.resize((384, 384), Image.Resampling.LANCZOS)

@@ -26,19 +26,8 @@ from grip_hf.tower.facts import find_tower, width_of
 from grip_hf.tower.scorer import TowerScorer, TowerScorerConfig
 
 pytestmark = TRAINING
-FEW = [
-    "calibrate",
-    "--pocket",
-    *FIRST,
-    "--examples",
-    "72",
-    "--quality",
-    "0.8,0.9",
-    "--budgets",
-    "5,24",
-    "--batch-size",
-    "36",
-]
+FEW = ["calibrate", "--pocket", *FIRST, "--examples", "72", "--quality", "0.8,0.9"]
+FEW += ["--budgets", "5,24", "--batch-size", "36"]
 
 
 def run(*arguments):

@@ -120,20 +120,14 @@ def test_rows_that_stream_and_pictures_that_stay(command, model_folder, tmp_path
     assert done.exit_code == 2 and "streaming" in done.output
 
 
+def on_the_pocket_scenes(folder):
+    """The options that train for another model of the first testbed."""
+    return ["--pocket", *FIRST, "--pocket-model", folder, "--rows", "18", "--eval-examples", "0"]
+
+
 @TRAINING
 def test_options_of_trl_reach_it(command, model_folder, tmp_path):
-    words = [
-        "--pocket",
-        *FIRST,
-        "--pocket-model",
-        model_folder,
-        "--examples",
-        "18",
-        "--eval-examples",
-        "0",
-        *SMALL,
-        *SCORER,
-    ]
+    words = [*on_the_pocket_scenes(model_folder), *SMALL, *SCORER]
     done = command("--output", tmp_path, *words, "--gradient_accumulation_steps", "2", "--top-entropy-quantile", "0.5")
     assert done.exit_code == 0, done.output
     plan = json.loads((tmp_path / "plan.json").read_text())["plan"]
@@ -144,18 +138,7 @@ def test_options_of_trl_reach_it(command, model_folder, tmp_path):
 
 @TRAINING
 def test_a_dry_run_measures_and_leaves_nothing(command, model_folder, tmp_path):
-    words = [
-        "--pocket",
-        *FIRST,
-        "--pocket-model",
-        model_folder,
-        "--examples",
-        "18",
-        "--eval-examples",
-        "0",
-        *SMALL,
-        *SCORER,
-    ]
+    words = [*on_the_pocket_scenes(model_folder), *SMALL, *SCORER]
     done = command("--output", tmp_path / "run", *words, "--warmup-steps", "3000", "--dry-run")
     assert done.exit_code == 0, done.output
     assert "18 questions to train on, 0 held out" in done.output and not (tmp_path / "run").exists()
@@ -167,7 +150,7 @@ def test_a_dry_run_measures_and_leaves_nothing(command, model_folder, tmp_path):
 
 @TRAINING
 def test_the_relaxation_on_the_pocket_scenes(command, model_folder, tmp_path):
-    pocket = ["--pocket", *FIRST, "--pocket-model", model_folder, "--rows", "18", "--eval-examples", "0"]
+    pocket = on_the_pocket_scenes(model_folder)
     done = command("--output", tmp_path, *pocket, *SMALL, *SCORER, "--method", "relaxed")
     assert done.exit_code == 0, done.output
     scorers = [GripScorer.from_pretrained(tmp_path / name / "scorer") for name in ("warmup", "relaxed")]
@@ -225,10 +208,8 @@ def test_a_run_that_goes_on_from_the_models_own_scorer(command, tmp_path):
         (["--pocket", "--target", "magic"], "target must be one of"),
         (["--pocket", "--batch", "10"], "divisible by num_generations"),
         (["--pocket", "--report-to", "nowhere"], "nowhere is not supported"),
-        (
-            ["--pocket", *FIRST, "--pocket-model", "{model}", "--scorer", "grip", "--eval-examples", "0"],
-            "no scorer came with",
-        ),
+        ([*on_the_pocket_scenes("{model}"), "--scorer", "grip"], "no scorer came with"),
+        (["--pocket", "--pocket-model", "{model}"], "is one of testbed 'pocket', not of 'pocket2'"),
     ],
 )
 @TRAINING
